@@ -1,0 +1,10 @@
+//! `vhost-user-net`: a vhost-user network back-end whose event loop never blocks.
+//!
+//! Where things live: see ARCHITECTURE in the README; each module's header says what is in it.
+
+pub mod memory;
+pub mod net;
+pub mod reactor;
+pub mod session;
+pub mod uplink;
+pub mod virtq;

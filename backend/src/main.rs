@@ -1,0 +1,2 @@
+//! Parse, build, run: nothing else.
+fn main() {}

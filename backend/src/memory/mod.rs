@@ -1,0 +1,3 @@
+//! memory (skeleton).
+pub mod layout;
+pub use layout::RegionSpec;

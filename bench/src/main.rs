@@ -1,0 +1,2 @@
+//! vubench: loads and measures any vhost-user network back-end.
+fn main() {}

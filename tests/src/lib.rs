@@ -1,0 +1,1 @@
+//! The lab: what whole-program tests, the demo and the benchmarks share.
