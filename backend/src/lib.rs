@@ -2,6 +2,9 @@
 //!
 //! Where things live: see ARCHITECTURE in the README; each module's header says what is in it.
 
+pub mod capabilities;
+pub mod cli;
+pub mod config;
 pub mod memory;
 pub mod net;
 pub mod reactor;
