@@ -5,9 +5,12 @@
 pub mod capabilities;
 pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod memory;
 pub mod net;
+pub mod port;
 pub mod reactor;
 pub mod session;
 pub mod uplink;
 pub mod virtq;
+pub mod worker;

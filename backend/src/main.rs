@@ -9,7 +9,13 @@ fn main() -> ExitCode {
     match cli::parse() {
         Ok(Command::PrintCapabilities) => cli::print_out(&capabilities_json()),
         Ok(Command::CheckConfig(config)) => cli::print_out(&cli::summary(&config)),
-        Ok(Command::Run(config)) => cli::init_log(config.log.as_deref()),
+        Ok(Command::Run(config)) => {
+            cli::init_log(config.log.as_deref());
+            if let Err(error) = vhost_user_net::daemon::run(config) {
+                eprintln!("vhost-user-net: {error}");
+                return ExitCode::FAILURE;
+            }
+        }
         Err(error) => {
             error.print();
             return ExitCode::from(error.exit_code());

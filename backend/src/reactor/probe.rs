@@ -10,7 +10,7 @@ use std::io;
 pub const SQ_ENTRIES: u32 = 256;
 /// Completion queue entries of a worker's ring. The kernel keeps what does not fit (IORING_FEAT_NODROP).
 pub const CQ_ENTRIES: u32 = 1024;
-/// The oldest kernel that has every operation used here (multishot accept: 5.19).
+/// The oldest kernel that has every operation used here (MSG_RING: 5.18) and IORING_SETUP_TASKRUN_FLAG (5.19).
 pub const MINIMUM_KERNEL: &str = "5.19";
 
 /// Why a ring could not be made. The text is what the operator reads.

@@ -26,8 +26,8 @@ pub struct OpId(u64);
 
 /// What an operation ended with.
 pub enum Done {
-    /// A connection was accepted; `more` is false when the listener must be armed again.
-    Accepted(io::Result<OwnedFd>, bool),
+    /// A connection was accepted.
+    Accepted(io::Result<OwnedFd>),
     /// A connect attempt ended.
     Connected(io::Result<()>),
     /// Bytes and descriptors came in; zero bytes are the end of the stream.
@@ -89,9 +89,11 @@ impl<T: Copy> Reactor<T> {
         self.ops.len()
     }
 
-    /// Accepts connections until it is cancelled or fails.
+    /// Accepts one connection.
     pub fn accept(&mut self, listener: &Arc<OwnedFd>, token: T) -> OpId {
-        let entry = opcode::AcceptMulti::new(Fd(listener.as_raw_fd())).flags(libc::SOCK_CLOEXEC).build();
+        let entry = opcode::Accept::new(Fd(listener.as_raw_fd()), std::ptr::null_mut(), std::ptr::null_mut())
+            .flags(libc::SOCK_CLOEXEC)
+            .build();
         self.start(entry, token, Body::Accept, Some(listener))
     }
 
@@ -126,6 +128,12 @@ impl<T: Copy> Reactor<T> {
     /// wake-up of the file reports once, and once at the start if it is ready already).
     pub fn poll(&mut self, fd: &Arc<OwnedFd>, events: i16, token: T) -> OpId {
         let entry = opcode::PollAdd::new(Fd(fd.as_raw_fd()), events as u32).multi(true).build();
+        self.start(entry, token, Body::Poll, Some(fd))
+    }
+
+    /// Reports once when the descriptor is ready for `events`.
+    pub fn poll_once(&mut self, fd: &Arc<OwnedFd>, events: i16, token: T) -> OpId {
+        let entry = opcode::PollAdd::new(Fd(fd.as_raw_fd()), events as u32).build();
         self.start(entry, token, Body::Poll, Some(fd))
     }
 
@@ -247,16 +255,13 @@ impl<T: Copy> Reactor<T> {
             let outcome = if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(result as u32) };
             if more {
                 let op = &self.ops[key];
-                let done = match op.body {
-                    Body::Accept => Done::Accepted(accepted(outcome), true),
-                    _ => Done::Ready(outcome, true),
-                };
-                out.push((op.token, done));
+                // Only polls report more than once.
+                out.push((op.token, Done::Ready(outcome, true)));
                 continue;
             }
             let op = self.ops.remove(key);
             let done = match op.body {
-                Body::Accept => Done::Accepted(accepted(outcome), false),
+                Body::Accept => Done::Accepted(accepted(outcome)),
                 Body::Connect { .. } => Done::Connected(outcome.map(drop)),
                 Body::Receive(buffer) => Done::Received(outcome.map(|n| n as usize), buffer),
                 Body::Send(message) => Done::Sent(outcome.map(|n| n as usize), message),

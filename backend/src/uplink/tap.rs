@@ -48,6 +48,9 @@ pub enum TapError {
     /// An inherited tap has no vnet_hdr.
     #[error("tap-fd:{0}: the tap was opened without IFF_VNET_HDR; open it with vnet_hdr on")]
     NoVnetHeader(RawFd),
+    /// Inherited descriptors of several interfaces.
+    #[error("the tap descriptors belong to different interfaces ({0}); pass queues of one multi-queue tap")]
+    DifferentTaps(String),
     /// Some other call failed.
     #[error("tap {0}: {1}: {2}")]
     Call(String, &'static str, io::Error),
@@ -91,7 +94,7 @@ impl Tap {
     ///
     /// # Errors
     /// A [`TapError`] that says what to do.
-    pub fn open(name: &str, queue_pairs: u16) -> Result<Self, TapError> {
+    pub fn open(name: &str, queue_pairs: u16, mtu: Option<u16>) -> Result<Self, TapError> {
         let multi_queue = queue_pairs > 1;
         let multi_queue_word = if multi_queue { " multi_queue" } else { "" };
         let mut queues = Vec::new();
@@ -118,40 +121,28 @@ impl Tap {
             })?;
             queues.push(Arc::new(OwnedFd::from(file)));
         }
-        Self::build(format!("tap:{name}"), name.into(), queues, multi_queue)
+        Self::build(format!("tap:{name}"), name.into(), queues, multi_queue, mtu)
     }
 
-    /// Takes over an open tap descriptor (libvirt, systemd): one queue.
+    /// Takes over open tap descriptors (libvirt, systemd): one for each queue pair, all of one interface.
     ///
     /// # Errors
     /// A [`TapError`] that says what to do.
-    pub fn inherit(raw: RawFd) -> Result<Self, TapError> {
-        let mut request = ifreq("");
-        // SAFETY: F_GETFD only asks whether the number is an open descriptor.
-        if raw < 0 || unsafe { libc::fcntl(raw, libc::F_GETFD) } == -1 {
-            return Err(TapError::NotATap(raw, io::Error::from_raw_os_error(libc::EBADF)));
+    pub fn inherit(numbers: &[RawFd], mtu: Option<u16>) -> Result<Self, TapError> {
+        let mut queues = Vec::new();
+        let mut names = Vec::new();
+        for &raw in numbers {
+            let (fd, name) = take_over(raw)?;
+            queues.push(Arc::new(fd));
+            names.push(name);
         }
-        // SAFETY: the number is open, was passed to this process for this purpose on its command line, and
-        // the command line names each number once (config checks it), so nothing else owns it.
-        let fd = unsafe { OwnedFd::from_raw_fd(raw) };
-        ioctl(&fd, libc::TUNGETIFF as _, (&raw mut request) as libc::c_ulong)
-            .map_err(|error| TapError::NotATap(raw, error))?;
-        // SAFETY: TUNGETIFF filled the flags member.
-        let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
-        if flags & libc::IFF_TAP == 0 {
-            return Err(TapError::NotATap(raw, io::Error::other("it is a tun, not a tap")));
+        let name = names.first().cloned().unwrap_or_default();
+        if names.iter().any(|other| *other != name) {
+            return Err(TapError::DifferentTaps(names.join(", ")));
         }
-        if flags & libc::IFF_VNET_HDR == 0 {
-            return Err(TapError::NoVnetHeader(raw));
-        }
-        let bytes: Vec<u8> = request.ifr_name.iter().map(|c| *c as u8).take_while(|c| *c != 0).collect();
-        let name = String::from_utf8_lossy(&bytes).into_owned();
-        let nonblocking = nix::fcntl::OFlag::from_bits_retain(libc::O_NONBLOCK);
-        nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFL(nonblocking | nix::fcntl::OFlag::O_RDWR))
-            .map_err(|error| TapError::Call(name.clone(), "F_SETFL", error.into()))?;
-        nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))
-            .map_err(|error| TapError::Call(name.clone(), "F_SETFD", error.into()))?;
-        Self::build(format!("tap-fd:{raw} ({name})"), name, vec![Arc::new(fd)], false)
+        let list = numbers.iter().map(RawFd::to_string).collect::<Vec<_>>().join(":");
+        let multi_queue = queues.len() > 1;
+        Self::build(format!("tap-fd:{list} ({name})"), name, queues, multi_queue, mtu)
     }
 
     fn build(
@@ -159,8 +150,11 @@ impl Tap {
         name: String,
         queues: Vec<Arc<OwnedFd>>,
         multi_queue: bool,
+        mtu: Option<u16>,
     ) -> Result<Self, TapError> {
-        let first = &queues[0];
+        let Some(first) = queues.first() else {
+            return Err(TapError::Call(name, "open", io::Error::from_raw_os_error(libc::EINVAL)));
+        };
         let uso = ioctl(
             first,
             libc::TUNSETOFFLOAD as _,
@@ -186,7 +180,7 @@ impl Tap {
                 | 1 << vn::VIRTIO_NET_F_GUEST_USO4
                 | 1 << vn::VIRTIO_NET_F_GUEST_USO6;
         }
-        let mtu = interface_mtu(&name, None).map_err(|error| TapError::Call(name.clone(), "SIOCGIFMTU", error))?;
+        let mtu = interface_mtu(&name, mtu).map_err(|error| TapError::Call(name.clone(), "setting its MTU", error))?;
         let capabilities = Capabilities { offloads, mtu };
         let tap = Self { description, name, queues, multi_queue, capabilities, header_len: AtomicUsize::new(12) };
         let format = FrameFormat { header_len: 12, features: 0 };
@@ -217,6 +211,35 @@ impl Tap {
         request.ifr_ifru.ifru_flags = flags;
         ioctl(&socket, libc::SIOCSIFFLAGS as _, (&raw mut request) as libc::c_ulong)
     }
+}
+
+/// Takes over one descriptor of an open tap; returns it with the interface's name.
+fn take_over(raw: RawFd) -> Result<(OwnedFd, String), TapError> {
+    use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+    // SAFETY: F_GETFD only asks whether the number is an open descriptor.
+    if raw < 0 || unsafe { libc::fcntl(raw, libc::F_GETFD) } == -1 {
+        return Err(TapError::NotATap(raw, io::Error::from_raw_os_error(libc::EBADF)));
+    }
+    let mut request = ifreq("");
+    ioctl(&raw, libc::TUNGETIFF as _, (&raw mut request) as libc::c_ulong)
+        .map_err(|error| TapError::NotATap(raw, error))?;
+    // SAFETY: TUNGETIFF filled the flags member.
+    let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
+    if flags & libc::IFF_TAP == 0 {
+        return Err(TapError::NotATap(raw, io::Error::other("it is a tun, not a tap")));
+    }
+    if flags & libc::IFF_VNET_HDR == 0 {
+        return Err(TapError::NoVnetHeader(raw));
+    }
+    // SAFETY: the number is an open tap, was passed to this process for this purpose on its command line, and the
+    // configuration names each number once, so nothing else owns it.
+    let fd = unsafe { OwnedFd::from_raw_fd(raw) };
+    let bytes: Vec<u8> = request.ifr_name.iter().map(|c| *c as u8).take_while(|c| *c != 0).collect();
+    let name = String::from_utf8_lossy(&bytes).into_owned();
+    fcntl(&fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
+        .and_then(|_| fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)))
+        .map_err(|error| TapError::Call(name.clone(), "fcntl", error.into()))?;
+    Ok((fd, name))
 }
 
 fn any_socket() -> io::Result<OwnedFd> {
