@@ -378,7 +378,7 @@ fn head_segments(segments: &[Segment], len: u64) -> Vec<Segment> {
 }
 
 fn mark_written(memory: &GuestMemory, segments: &[Segment], mut len: u64) {
-    if !memory.log_on() {
+    if memory.log().is_none() {
         return;
     }
     for segment in segments {

@@ -9,7 +9,7 @@ use crate::uplink::{FrameFormat, Uplink};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::any::Any;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Builder, JoinHandle};
@@ -63,9 +63,9 @@ impl Helper {
     /// # Errors
     /// No thread or no eventfd to be had.
     pub fn start() -> io::Result<Self> {
-        let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        // A second descriptor of the same eventfd: made from an eventfd, so it is one.
-        let ring = EventFd::from_owned_fd(event.as_fd().try_clone_to_owned()?);
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let bell: Arc<OwnedFd> = Arc::new(EventFd::from_flags(flags)?.into());
+        let ring = bell.clone();
         let (jobs, work) = channel::<(u16, Job)>();
         let (answer, results) = channel();
         let thread = Builder::new().name("control-helper".into()).spawn(move || {
@@ -75,10 +75,10 @@ impl Helper {
                     return;
                 }
                 // The counter only wakes the loop, which never reads it; full is as good as rung.
-                let _ = ring.write(1);
+                let _ = nix::unistd::write(&*ring, &1_u64.to_ne_bytes());
             }
         })?;
-        Ok(Self { jobs: Some(jobs), results, bell: Arc::new(event.into()), thread: Some(thread) })
+        Ok(Self { jobs: Some(jobs), results, bell, thread: Some(thread) })
     }
 
     /// The eventfd that is written after each answer; poll it, do not read it.

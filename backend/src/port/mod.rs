@@ -115,19 +115,19 @@ impl Port {
     pub(crate) fn new_session(&self) -> Session<OwnedFd> {
         use protocol_feature as pf;
         let capabilities = self.uplink.capabilities();
-        let mut protocol_features = 1 << pf::MQ
-            | 1 << pf::LOG_SHMFD
-            | 1 << pf::RARP
-            | 1 << pf::REPLY_ACK
-            | 1 << pf::MTU
-            | 1 << pf::BACKEND_REQ
-            | 1 << pf::RESET_DEVICE
-            | 1 << pf::CONFIGURE_MEM_SLOTS
-            | 1 << pf::STATUS;
+        let mut protocol_features = pf::MQ
+            | pf::LOG_SHMFD
+            | pf::RARP
+            | pf::REPLY_ACK
+            | pf::MTU
+            | pf::BACKEND_REQ
+            | pf::RESET_DEVICE
+            | pf::CONFIGURE_MEM_SLOTS
+            | pf::STATUS;
         let mtu = self.config.mtu.unwrap_or(capabilities.mtu);
         let mut virtio = features::offered(&capabilities, self.pairs());
         let config_space = self.config.mac.map(|mac| {
-            protocol_features |= 1 << pf::CONFIG;
+            protocol_features |= pf::CONFIG;
             virtio |= 1 << virtio_bindings::virtio_net::VIRTIO_NET_F_MAC;
             config_space(mac, self.pairs(), mtu)
         });
