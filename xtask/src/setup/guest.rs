@@ -88,7 +88,8 @@ pub fn ensure_initramfs(apt: &Apt, dir: &Path) -> Result<PathBuf> {
         for file in apt.download(&["busybox-static"], scratch.path())? {
             apt::unpack(&file, &scratch.path().join("root"))?;
         }
-        let found = find(&scratch.path().join("root"), &|name| name == "busybox").context("no busybox in its package")?;
+        let places = ["bin/busybox", "usr/bin/busybox"].map(|place| scratch.path().join("root").join(place));
+        let found = places.iter().find(|place| place.is_file()).context("no busybox in its package")?;
         fs::copy(found, &busybox)?;
     }
     let mut archive = Archive::default();
