@@ -45,6 +45,12 @@ impl BackendConfig {
         Self { socket: socket.to_owned(), uplink, queue_pairs: 1, client: false, extra: Vec::new() }
     }
 
+    /// Whether a tap that is made beforehand must be of the multi-queue kind.
+    pub fn wants_multi_queue(&self) -> bool {
+        // DPDK opens every tap as one.
+        self.queue_pairs > 1 || !is_ours()
+    }
+
     fn arguments(&self) -> Vec<String> {
         let mut arguments = vec![format!("--socket-path={}", self.socket.display()), format!("--uplink={}", self.uplink)];
         if self.queue_pairs > 1 {
@@ -68,8 +74,7 @@ impl Backend {
     /// Starts the back-end inside a namespace and waits until it serves its socket (with `client`: until it
     /// runs).
     pub fn start(lab: &Lab, netns: &NetNs, config: &BackendConfig) -> Result<Self> {
-        let is_ours = std::env::var_os(PEER).is_none_or(|peer| peer != "dpdk");
-        let mut command = if is_ours {
+        let mut command = if is_ours() {
             let mut command = Command::new(backend_binary()?);
             command.args(config.arguments());
             command
@@ -128,6 +133,10 @@ impl Backend {
     pub fn output(&self) -> String {
         self.process.output()
     }
+}
+
+fn is_ours() -> bool {
+    std::env::var_os(PEER).is_none_or(|peer| peer != "dpdk")
 }
 
 fn inode(path: &Path) -> Option<u64> {

@@ -13,10 +13,12 @@
 //! | `process`, `netns`, `wait` | children, namespaces with taps and bridges, polling |
 //! | `backend`, `qemu`, `qmp`, `serial`, `migration`, `testpmd` | the programs under test and their peers |
 //! | `ping`, `transfer`, `sniff` | the host's side of the traffic |
+//! | `bed` | the usual arrangements of all these |
 #![deny(missing_docs)]
 
 mod artefacts;
 mod backend;
+mod bed;
 mod migration;
 mod netns;
 mod ping;
@@ -32,6 +34,7 @@ mod wait;
 
 pub use artefacts::{Artefacts, BACKEND, LAB_DIR, backend_binary, find_in_path, lab_dir};
 pub use backend::{Backend, BackendConfig};
+pub use bed::{Bed, bridged, pull, push, there_and_back};
 pub use migration::{Migration, MigrationReport};
 pub use netns::NetNs;
 pub use ping::{PingReport, Pinger, ping, ping_whole};

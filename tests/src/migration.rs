@@ -82,6 +82,11 @@ impl Migration {
         })
     }
 
+    /// Changes the link's speed (bytes per second) while the migration runs.
+    pub fn set_bandwidth(&self, source: &mut Qemu, bandwidth: u64) -> Result<()> {
+        source.qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": bandwidth })).map(drop)
+    }
+
     /// Starts it and waits for its end.
     pub fn run(&self, lab: &Lab, source: &mut Qemu, destination: &mut Qemu) -> Result<MigrationReport> {
         self.start(lab, source, destination)?;

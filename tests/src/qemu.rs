@@ -155,9 +155,8 @@ impl Qemu {
         let mut process = Process::start(&format!("QEMU {name}"), command, &log, None)?;
         until("QEMU's monitor", PATIENCE, || {
             process.check_alive()?;
-            Ok(std::os::unix::net::UnixStream::connect(&sockets.serial).ok())
-        })
-        .map(drop)?;
+            Ok((sockets.serial.exists() && sockets.qmp.exists()).then_some(()))
+        })?;
         let shell = Shell::connect(&sockets.serial)?;
         let qmp = Qmp::connect(&sockets.qmp).or_else(|error| {
             process.check_alive()?;

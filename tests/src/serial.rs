@@ -14,8 +14,8 @@ use anyhow::{Context, Result, bail};
 
 use crate::wait::PATIENCE;
 
-/// Time between the questions whether the guest is up.
-const READY_INTERVAL: Duration = Duration::from_millis(500);
+/// What `init.sh` says when it takes commands.
+const READY: &str = "guest: ready";
 
 /// A guest's serial port with `init.sh` behind it.
 #[derive(Debug)]
@@ -65,17 +65,12 @@ impl Shell {
         Ok(Self { stream, received, number: 0 })
     }
 
-    /// Waits until the guest has booted and answers.
+    /// Waits until the guest has booted and takes commands.
     pub fn wait_ready(&mut self, patience: Duration) -> Result<()> {
-        let deadline = Instant::now() + patience;
-        // Number 0 is asked again and again, so its answers may come late: later numbers never match them.
-        while Instant::now() < deadline {
-            self.send(0, ":")?;
-            if self.wait_for("@@0 0@@", READY_INTERVAL)?.is_some() {
-                return Ok(());
-            }
+        match self.wait(patience, |text| text.contains(READY))? {
+            Some(_) => Ok(()),
+            None => bail!("the guest did not boot within {} s", patience.as_secs()),
         }
-        bail!("the guest did not boot within {} s", patience.as_secs())
     }
 
     /// Runs a command and returns what it prints on both outputs; fails unless its status is 0.
@@ -96,36 +91,26 @@ impl Shell {
         }
         self.number += 1;
         self.received.lock().text.clear();
-        self.send(self.number, command)
+        self.stream
+            .write_all(format!("{} {command}\n", self.number).as_bytes())
+            .context("writing to the guest's serial port")
     }
 
     /// Waits for the end of the command that [`Shell::begin`] sent.
     pub fn finish(&mut self, patience: Duration) -> Result<String> {
         let marker = format!("@@{} ", self.number);
-        let Some(text) = self.wait_for_line(&marker, patience)? else {
+        let Some(text) = self.wait(patience, |text| text.find(&marker).is_some_and(|at| text[at + 2..].contains("@@")))? else {
             bail!("the guest did not answer within {} s; so far: {}", patience.as_secs(), self.received.lock().text);
         };
         let at = text.find(&marker).unwrap_or(0);
         let status = text[at + marker.len()..].split('@').next().unwrap_or_default().to_owned();
-        // Terminals ask for the cursor's position; that is no output. Late answers to number 0 are none either.
-        let output = text[..at].replace("\x1b[6n", "").replace("@@0 0@@", "").replace('\r', "");
+        // Terminals ask for the cursor's position; that is no output.
+        let output = text[..at].replace("\x1b[6n", "").replace('\r', "");
         let output = output.trim().to_owned();
         if status != "0" {
             bail!("the guest's command ended with {status}: {output}");
         }
         Ok(output)
-    }
-
-    fn send(&mut self, number: u64, command: &str) -> Result<()> {
-        self.stream.write_all(format!("{number} {command}\n").as_bytes()).context("writing to the guest's serial port")
-    }
-
-    fn wait_for_line(&self, marker: &str, patience: Duration) -> Result<Option<String>> {
-        self.wait(patience, |text| text.find(marker).is_some_and(|at| text[at + 2..].contains("@@")))
-    }
-
-    fn wait_for(&self, wanted: &str, patience: Duration) -> Result<Option<String>> {
-        self.wait(patience, |text| text.contains(wanted))
     }
 
     fn wait(&self, patience: Duration, is_there: impl Fn(&str) -> bool) -> Result<Option<String>> {
