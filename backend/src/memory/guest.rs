@@ -131,6 +131,12 @@ impl GuestMemory {
         self.table.log.as_ref()
     }
 
+    /// Whether writes are logged: saves the caller work that is for [`Self::mark_written`] only.
+    #[inline]
+    pub fn log_on(&self) -> bool {
+        self.table.log.is_some()
+    }
+
     /// True once a file of this memory, or its log, was truncated under us: what was read since may be zeros.
     #[inline]
     pub fn poisoned(&self) -> bool {
