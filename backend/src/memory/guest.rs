@@ -54,6 +54,14 @@ pub(super) struct Piece {
     pub(super) len: u64,
 }
 
+/// Where front-end user addresses lie.
+pub(super) struct Found<'a> {
+    pub(super) mapping: &'a Arc<Mapping>,
+    pub(super) residency: Option<&'a Arc<ResidencyMap>>,
+    /// Bytes from the start of the region.
+    pub(super) offset: u64,
+}
+
 impl Region {
     /// The part of `len` bytes at `gpa` that this region holds; `gpa` lies in it.
     #[inline]
@@ -269,21 +277,13 @@ impl GuestMemory {
         region.piece(gpa, len).ok().filter(|piece| piece.len == len).map(|piece| piece.host)
     }
 
-    /// The region that holds front-end user addresses `user .. user + len` whole: its mapping, residency, and offset.
-    pub(super) fn find_user(
-        &self,
-        user: u64,
-        len: u64,
-    ) -> Option<(&Arc<Mapping>, Option<&Arc<ResidencyMap>>, u64)> {
-        let table = &self.table;
-        table.regions.iter().find_map(|region| {
-            let mapping = &table.mappings[region.mapping];
+    /// The region that holds front-end user addresses `user .. user + len` whole.
+    pub(super) fn find_user(&self, user: u64, len: u64) -> Option<Found<'_>> {
+        self.table.regions.iter().find_map(|region| {
+            let mapping = &self.table.mappings[region.mapping];
             let offset = user.checked_sub(mapping.spec().user_addr)?;
-            (offset < region.size && len <= region.size - offset).then_some((
-                mapping,
-                region.residency.as_ref(),
-                offset,
-            ))
+            let inside = offset < region.size && len <= region.size - offset;
+            inside.then_some(Found { mapping, residency: region.residency.as_ref(), offset })
         })
     }
 }

@@ -21,7 +21,7 @@ use virtio_queue::desc::split::Descriptor;
 
 use super::copy;
 use super::dirty::DirtyLog;
-use super::guest::prefetch_line;
+use super::guest::{Found, prefetch_line};
 use super::mapping::Mapping;
 use super::residency::ResidencyMap;
 use super::{AccessError, GuestMemory, MissingRange};
@@ -110,7 +110,7 @@ struct Area {
 
 impl Area {
     fn new(mem: &GuestMemory, part: RingPart, user: u64, len: u64, align: u64) -> Result<Self, RingError> {
-        let (mapping, residency, offset) =
+        let Found { mapping, residency, offset } =
             mem.find_user(user, len).ok_or(RingError::Unmapped { part, user, len })?;
         // SAFETY: `offset < size` of the mapping.
         let host = unsafe { mapping.host().add(offset as usize) };
