@@ -42,7 +42,8 @@ impl NetNs {
             setns(self.fd.as_fd(), CloneFlags::CLONE_NEWNET).context("entering the network namespace")?;
             work()
         };
-        std::thread::scope(|scope| scope.spawn(inside).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        std::thread::scope(|scope| scope.spawn(inside).join())
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
     /// Runs `ip ARGUMENTS` inside and returns what it prints. Words are split at blanks.
