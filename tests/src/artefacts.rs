@@ -37,12 +37,16 @@ impl Artefacts {
         let list = dir.join(LIST);
         let text = fs::read_to_string(&list)
             .with_context(|| format!("no {}; `cargo xtask setup` makes it", list.display()))?;
-        let found: Self = serde_json::from_str(&text).with_context(|| format!("{} is damaged", list.display()))?;
+        let found: Self =
+            serde_json::from_str(&text).with_context(|| format!("{} is damaged", list.display()))?;
         let programs = [&found.qemu, &found.kernel, &found.initramfs, &found.testpmd];
         for path in programs.into_iter().chain(&found.qemu_data) {
             ensure!(path.exists(), "{} is gone; `cargo xtask setup` brings it back", path.display());
         }
-        ensure!(find_in_path("ip").is_some(), "there is no `ip` program; `cargo xtask setup` installs iproute2");
+        ensure!(
+            find_in_path("ip").is_some(),
+            "there is no `ip` program; `cargo xtask setup` installs iproute2"
+        );
         Ok(found)
     }
 
@@ -54,7 +58,8 @@ impl Artefacts {
     /// Writes the list.
     pub fn store(&self, dir: &Path) -> Result<()> {
         let list = dir.join(LIST);
-        fs::write(&list, serde_json::to_string_pretty(self)?).with_context(|| format!("cannot write {}", list.display()))
+        fs::write(&list, serde_json::to_string_pretty(self)?)
+            .with_context(|| format!("cannot write {}", list.display()))
     }
 }
 

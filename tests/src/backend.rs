@@ -52,7 +52,8 @@ impl BackendConfig {
     }
 
     fn arguments(&self) -> Vec<String> {
-        let mut arguments = vec![format!("--socket-path={}", self.socket.display()), format!("--uplink={}", self.uplink)];
+        let mut arguments =
+            vec![format!("--socket-path={}", self.socket.display()), format!("--uplink={}", self.uplink)];
         if self.queue_pairs > 1 {
             arguments.push(format!("--queue-pairs={}", self.queue_pairs));
         }

@@ -42,7 +42,8 @@ impl NetNs {
             setns(self.fd.as_fd(), CloneFlags::CLONE_NEWNET).context("entering the network namespace")?;
             work()
         };
-        std::thread::scope(|scope| scope.spawn(inside).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        std::thread::scope(|scope| scope.spawn(inside).join())
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
     /// Runs `ip ARGUMENTS` inside and returns what it prints. Words are split at blanks.
@@ -79,6 +80,14 @@ impl NetNs {
         let text = self.ip(&format!("-o link show dev {interface}"))?;
         let mut words = text.split_whitespace().skip_while(|word| *word != "mtu").skip(1);
         words.next().and_then(|mtu| mtu.parse().ok()).with_context(|| format!("no MTU in: {text}"))
+    }
+
+    /// Packets that an interface received and sent; for a tap, from the guest and to it.
+    pub fn packets(&self, interface: &str) -> Result<(u64, u64)> {
+        let json: serde_json::Value =
+            serde_json::from_str(&self.ip(&format!("-s -j link show dev {interface}"))?)?;
+        let count = |way: &str| json[0]["stats64"][way]["packets"].as_u64().context("no packet counters");
+        Ok((count("rx")?, count("tx")?))
     }
 
     /// The number that the kernel gave an interface.

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, recv, sendto, setsockopt, socket, sockopt,
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, recv, sendto, setsockopt, socket,
+    sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 
@@ -60,7 +61,13 @@ impl Pinger {
         Self::start_with(netns, address, interval, PAYLOAD, false)
     }
 
-    fn start_with(netns: &NetNs, address: &str, interval: Duration, payload: usize, is_whole: bool) -> Result<Self> {
+    fn start_with(
+        netns: &NetNs,
+        address: &str,
+        interval: Duration,
+        payload: usize,
+        is_whole: bool,
+    ) -> Result<Self> {
         let address: Ipv4Addr = address.parse().with_context(|| format!("no IPv4 address: {address}"))?;
         let socket = netns.run(|| open(is_whole))?;
         let shared = Arc::new(Shared::default());
@@ -204,7 +211,9 @@ impl<'a> Series<'a> {
             Err(errno) => return Err(errno).context("receiving a ping"),
         };
         let header = usize::from(packet[0] & 0xf) * 4;
-        let Some(message) = packet.get(header..count).filter(|m| m.len() >= ICMP_HEADER) else { return Ok(()) };
+        let Some(message) = packet.get(header..count).filter(|m| m.len() >= ICMP_HEADER) else {
+            return Ok(());
+        };
         let field = |at: usize| u16::from_be_bytes([message[at], message[at + 1]]);
         if message[0] != ECHO_REPLY || field(4) != self.identifier {
             return Ok(());
@@ -241,7 +250,9 @@ fn echo(kind: u8, identifier: u16, sequence: u16, payload: usize) -> Vec<u8> {
 
 /// The Internet checksum (RFC 1071).
 fn checksum(bytes: &[u8]) -> u16 {
-    let words = bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)])));
+    let words = bytes
+        .chunks(2)
+        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)])));
     let mut sum: u32 = words.sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);

@@ -34,7 +34,8 @@ impl Process {
         command.stdout(output.try_clone()?).stderr(output);
         enter_on_exec(&mut command, netns)?;
         let program = command.get_program().to_owned();
-        let child = spawn_from_keeper(command).with_context(|| format!("cannot start {}", program.display()))?;
+        let child =
+            spawn_from_keeper(command).with_context(|| format!("cannot start {}", program.display()))?;
         Ok(Self { child, name: name.to_owned(), log: log.to_owned() })
     }
 
@@ -63,14 +64,19 @@ impl Process {
         if let Some(status) = self.child.try_wait()? {
             let output = self.output();
             let last: Vec<&str> = output.lines().rev().take(3).collect();
-            bail!("{} has ended ({status}): {}", self.name, last.into_iter().rev().collect::<Vec<_>>().join(" | "));
+            bail!(
+                "{} has ended ({status}): {}",
+                self.name,
+                last.into_iter().rev().collect::<Vec<_>>().join(" | ")
+            );
         }
         Ok(())
     }
 
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        kill(Pid::from_raw(i32::try_from(self.pid())?), signal).with_context(|| format!("{signal} to {}", self.name))
+        kill(Pid::from_raw(i32::try_from(self.pid())?), signal)
+            .with_context(|| format!("{signal} to {}", self.name))
     }
 
     /// Kills with SIGKILL and waits for the end.

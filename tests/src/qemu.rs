@@ -79,10 +79,13 @@ impl QemuConfig {
         pair("-M", "pc,accel=tcg,mem-merge=off,memory-backend=m0".into());
         pair("-cpu", "max".into());
         pair("-smp", self.cpus.to_string());
-        pair("-m", match self.memory_slots {
-            0 => format!("{memory}M"),
-            slots => format!("{memory}M,slots={slots},maxmem=4G"),
-        });
+        pair(
+            "-m",
+            match self.memory_slots {
+                0 => format!("{memory}M"),
+                slots => format!("{memory}M,slots={slots},maxmem=4G"),
+            },
+        );
         pair("-object", format!("memory-backend-memfd,id=m0,share=on,size={memory}M"));
         let serial = sockets.serial.display();
         let log = serial_log.display();
@@ -105,7 +108,8 @@ impl QemuConfig {
             chardev.push_str(&format!(",reconnect-ms={milliseconds}"));
         }
         pair("-chardev", chardev);
-        let queues = if self.queue_pairs > 1 { format!(",queues={}", self.queue_pairs) } else { String::new() };
+        let queues =
+            if self.queue_pairs > 1 { format!(",queues={}", self.queue_pairs) } else { String::new() };
         pair("-netdev", format!("vhost-user,id=n0,chardev=vu0{queues}"));
         let mut device = format!("virtio-net-pci,id=nic0,netdev=n0,mac={GUEST_MAC},romfile=");
         if self.queue_pairs > 1 {

@@ -27,7 +27,8 @@ pub struct Qmp {
 impl Qmp {
     /// Connects, reads the greeting and enters command mode.
     pub fn connect(path: &Path) -> Result<Self> {
-        let writer = UnixStream::connect(path).with_context(|| format!("connecting to {}", path.display()))?;
+        let writer =
+            UnixStream::connect(path).with_context(|| format!("connecting to {}", path.display()))?;
         writer.set_read_timeout(Some(READ_TIMEOUT))?;
         let reader = BufReader::new(writer.try_clone()?);
         let mut qmp = Self { reader, writer, partial: Vec::new(), events: VecDeque::new() };

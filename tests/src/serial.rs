@@ -46,7 +46,8 @@ impl Received {
 impl Shell {
     /// Connects to the chardev's socket; the guest need not run yet.
     pub fn connect(path: &Path) -> Result<Self> {
-        let stream = UnixStream::connect(path).with_context(|| format!("connecting to {}", path.display()))?;
+        let stream =
+            UnixStream::connect(path).with_context(|| format!("connecting to {}", path.display()))?;
         let received = Arc::new(Received::default());
         let (mut reader, sink) = (stream.try_clone()?, Arc::clone(&received));
         std::thread::spawn(move || {
@@ -99,8 +100,14 @@ impl Shell {
     /// Waits for the end of the command that [`Shell::begin`] sent.
     pub fn finish(&mut self, patience: Duration) -> Result<String> {
         let marker = format!("@@{} ", self.number);
-        let Some(text) = self.wait(patience, |text| text.find(&marker).is_some_and(|at| text[at + 2..].contains("@@")))? else {
-            bail!("the guest did not answer within {} s; so far: {}", patience.as_secs(), self.received.lock().text);
+        let Some(text) =
+            self.wait(patience, |text| text.find(&marker).is_some_and(|at| text[at + 2..].contains("@@")))?
+        else {
+            bail!(
+                "the guest did not answer within {} s; so far: {}",
+                patience.as_secs(),
+                self.received.lock().text
+            );
         };
         let at = text.find(&marker).unwrap_or(0);
         let status = text[at + marker.len()..].split('@').next().unwrap_or_default().to_owned();

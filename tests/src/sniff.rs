@@ -30,10 +30,15 @@ pub struct Sniffer {
 
 impl Sniffer {
     /// Starts to collect.
-    pub fn start(netns: &NetNs, interface: &str, wants: impl Fn(&[u8]) -> bool + Send + 'static) -> Result<Self> {
+    pub fn start(
+        netns: &NetNs,
+        interface: &str,
+        wants: impl Fn(&[u8]) -> bool + Send + 'static,
+    ) -> Result<Self> {
         let index = netns.index_of(interface)?;
         let all = netns.run(|| {
-            let all = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll)?;
+            let all =
+                socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll)?;
             setsockopt(&all, sockopt::ReceiveTimeout, &TimeVal::milliseconds(RECEIVE_TIMEOUT_MS))?;
             Ok(all)
         })?;
@@ -43,7 +48,9 @@ impl Sniffer {
         let thread = std::thread::spawn(move || {
             let mut frame = vec![0; 1 << 17];
             while !stopped.load(Ordering::Relaxed) {
-                let Ok((count, Some(from))) = recvfrom::<LinkAddr>(all.as_raw_fd(), &mut frame) else { continue };
+                let Ok((count, Some(from))) = recvfrom::<LinkAddr>(all.as_raw_fd(), &mut frame) else {
+                    continue;
+                };
                 let mut kept = sink.lock().unwrap_or_else(PoisonError::into_inner);
                 if from.ifindex() == index && kept.len() < FRAMES_MAX && wants(&frame[..count]) {
                     kept.push(frame[..count].to_vec());

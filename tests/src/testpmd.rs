@@ -148,7 +148,13 @@ impl Testpmd {
     }
 
     /// A back-end that joins a tap with a vhost-user socket.
-    pub(crate) fn tap_backend_command(lab: &Lab, socket: &Path, tap: &str, queue_pairs: u16, is_client: bool) -> Command {
+    pub(crate) fn tap_backend_command(
+        lab: &Lab,
+        socket: &Path,
+        tap: &str,
+        queue_pairs: u16,
+        is_client: bool,
+    ) -> Command {
         let mut config = TestpmdConfig::back_end(socket, queue_pairs);
         if is_client {
             config.vdevs[0].push_str(",client=1");
@@ -170,7 +176,8 @@ impl Drop for Testpmd {
 fn parse_stats(text: &str) -> Result<PortStats> {
     let number = |key: &str| -> Result<u64> {
         let Some(at) = text.find(key) else { bail!("no {key} in testpmd's answer: {text}") };
-        let digits: String = text[at + key.len()..].trim_start().chars().take_while(char::is_ascii_digit).collect();
+        let digits: String =
+            text[at + key.len()..].trim_start().chars().take_while(char::is_ascii_digit).collect();
         digits.parse().with_context(|| format!("{key} is no number"))
     };
     Ok(PortStats {
@@ -191,8 +198,14 @@ mod tests {
     fn stats_are_read() {
         let text = "  RX-packets: 12         RX-missed: 1          RX-bytes:  768\n  RX-errors: 0\n\
             \x20 TX-packets: 34         TX-errors: 0          TX-bytes:  2176\n";
-        let expected =
-            PortStats { rx_packets: 12, rx_missed: 1, rx_bytes: 768, tx_packets: 34, tx_errors: 0, tx_bytes: 2176 };
+        let expected = PortStats {
+            rx_packets: 12,
+            rx_missed: 1,
+            rx_bytes: 768,
+            tx_packets: 34,
+            tx_errors: 0,
+            tx_bytes: 2176,
+        };
         assert_eq!(parse_stats(text).unwrap(), expected);
     }
 }

@@ -57,8 +57,10 @@ struct Server {
 impl Source {
     /// Listens inside the namespace. Equal seeds give equal bytes.
     pub fn start(netns: &NetNs, seed: u64, amount: Amount) -> Result<Self> {
-        Server::start(netns, move |stream, is_stopped, is_dropped| send(stream, seed, amount, is_stopped, is_dropped))
-            .map(Self)
+        Server::start(netns, move |stream, is_stopped, is_dropped| {
+            send(stream, seed, amount, is_stopped, is_dropped)
+        })
+        .map(Self)
     }
 
     /// The TCP port to connect to.
@@ -216,7 +218,10 @@ fn patiently<S>(
             Ok(true) => return Ok(()),
             Ok(false) => progress = Instant::now(),
             Err(error)
-                if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {}
+                if matches!(
+                    error.kind(),
+                    ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
+                ) => {}
             Err(error) => return Err(error.into()),
         }
         if is_dropped.load(Ordering::Relaxed) {

@@ -1,7 +1,9 @@
 //! A guest boots on the back-end and answers.
 
 use anyhow::{Result, ensure};
-use lab::{Backend, BackendConfig, GUEST_IP, HOST_IP, Lab, NetNs, PATIENCE, PREFIX, Qemu, QemuConfig, ping, scenario};
+use lab::{
+    Backend, BackendConfig, GUEST_IP, HOST_IP, Lab, NetNs, PATIENCE, PREFIX, Qemu, QemuConfig, ping, scenario,
+};
 
 /// The back-end makes the tap itself.
 #[test]

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lab::{
-    Amount, Backend, BackendConfig, GUEST_IP, GUEST_MAC, HOST_IP, Lab, Migration, NetNs, PATIENCE, Pinger, Qemu,
-    QemuConfig, Sniffer, Source, bridged, scenario, there_and_back,
+    Amount, GUEST_IP, GUEST_MAC, HOST_IP, Migration, PATIENCE, Pinger, Place, QemuConfig, Sniffer, Source,
+    bridged, scenario, there_and_back,
 };
 
 const TAPS: [&str; 3] = ["tap0", "tap1", "tap2"];
@@ -19,29 +19,6 @@ const SLOW: u64 = 4 << 20;
 const FAST: u64 = 24 << 20;
 const RARP: [u8; 2] = [0x80, 0x35];
 
-/// A back-end and a QEMU in one place; the QEMU ends first.
-struct Place {
-    qemu: Qemu,
-    backend: Backend,
-}
-
-impl Place {
-    fn start(lab: &Lab, netns: &NetNs, tap: &str, change: impl FnOnce(&mut QemuConfig)) -> Result<Self> {
-        let socket = lab.path(&format!("{tap}.vhost"));
-        let backend = Backend::start(lab, netns, &BackendConfig::tap(&socket, tap))?;
-        let mut config = QemuConfig::new(&format!("on-{tap}"), &socket);
-        change(&mut config);
-        let qemu = if config.is_incoming { Qemu::start(lab, &config)? } else { Qemu::boot(lab, &config)? };
-        Ok(Self { qemu, backend })
-    }
-
-    fn stop(mut self) -> Result<()> {
-        self.backend.check_alive()?;
-        drop(self.qemu);
-        self.backend.stop_cleanly()
-    }
-}
-
 /// Twice in a row, while packets and the guest itself write to guest memory.
 #[test]
 fn under_load_twice_in_a_row() {
@@ -54,8 +31,11 @@ fn under_load_twice_in_a_row() {
         let pinger = Pinger::start(&netns, GUEST_IP, PING_INTERVAL)?;
         let stream = Source::start(&netns, 5, Amount::UntilStopped(STREAM_RATE))?;
         let port = stream.port();
-        place.qemu.run(&format!("(nc {HOST_IP} {port} </dev/null | md5sum >/tmp/stream; touch /tmp/done) >/dev/null &"))?;
-        let dirty = "dd if=/dev/urandom of=/tmp/dirty bs=64k count=16 conv=notrunc 2>/dev/null; usleep 100000";
+        place.qemu.run(&format!(
+            "(nc {HOST_IP} {port} </dev/null | md5sum >/tmp/stream; touch /tmp/done) >/dev/null &"
+        ))?;
+        let dirty =
+            "dd if=/dev/urandom of=/tmp/dirty bs=64k count=16 conv=notrunc 2>/dev/null; usleep 100000";
         place.qemu.run(&format!("(while [ ! -e /tmp/done ]; do {dirty}; done) >/dev/null 2>&1 &"))?;
         pinger.wait_answers(5, PATIENCE).context("before any migration")?;
 
@@ -108,10 +88,16 @@ fn announced_by_the_back_end() {
         let frame = announced.wait("an announcement on the tap", PATIENCE)?;
         let mac = mac_bytes(GUEST_MAC)?;
         ensure!(frame.get(..6) == Some(&[0xff; 6]), "the announcement is no broadcast: {frame:02x?}");
-        ensure!(frame.get(6..12) == Some(&mac), "the announcement does not come from the guest: {frame:02x?}");
+        ensure!(
+            frame.get(6..12) == Some(&mac),
+            "the announcement does not come from the guest: {frame:02x?}"
+        );
         // RFC 903: hardware and protocol types, lengths, request reverse, then the addresses asked about.
         ensure!(frame.get(14..22) == Some(&[0, 1, 8, 0, 6, 4, 0, 3]), "no reverse request: {frame:02x?}");
-        ensure!(frame.get(22..28) == Some(&mac) && frame.get(32..38) == Some(&mac), "other addresses: {frame:02x?}");
+        ensure!(
+            frame.get(22..28) == Some(&mac) && frame.get(32..38) == Some(&mac),
+            "other addresses: {frame:02x?}"
+        );
 
         pinger.wait_answers(5, PATIENCE)?;
         source.stop()?;

@@ -31,12 +31,20 @@ fn four_queue_pairs() {
             round(&mut bed, u64::from(rounds) * FLOWS)?;
             rounds += 1;
             let now = busy_vectors(&mut bed.guest)?;
-            let idle: Vec<&String> =
-                now.iter().zip(&before).filter(|((_, now), (_, old))| now == old).map(|((n, _), _)| n).collect();
+            let idle: Vec<&String> = now
+                .iter()
+                .zip(&before)
+                .filter(|((_, now), (_, old))| now == old)
+                .map(|((n, _), _)| n)
+                .collect();
             if idle.is_empty() {
                 break;
             }
-            ensure!(rounds < ROUNDS_MAX, "after {} flows, no interrupt from {idle:?}", u64::from(rounds) * FLOWS);
+            ensure!(
+                rounds < ROUNDS_MAX,
+                "after {} flows, no interrupt from {idle:?}",
+                u64::from(rounds) * FLOWS
+            );
         }
         bed.stop()
     });

@@ -17,7 +17,9 @@ fn reconnect_after_sigkill() {
         let pinger = Pinger::start(&bed.netns, GUEST_IP, PING_INTERVAL)?;
         let stream = Source::start(&bed.netns, 3, Amount::UntilStopped(STREAM_RATE))?;
         let port = stream.port();
-        bed.guest.run(&format!("(nc {HOST_IP} {port} </dev/null | md5sum >/tmp/stream; touch /tmp/done) >/dev/null &"))?;
+        bed.guest.run(&format!(
+            "(nc {HOST_IP} {port} </dev/null | md5sum >/tmp/stream; touch /tmp/done) >/dev/null &"
+        ))?;
         pinger.wait_answers(10, PATIENCE)?;
 
         for _ in 0..2 {

@@ -77,7 +77,8 @@ impl Endpoint {
                 Self::Connect { path: path.clone(), backoff: BACKOFF_MIN, attempt: None }
             }
             config::Endpoint::Fd(raw) => {
-                let fd = super::fds::inherit_socket(*raw).map_err(|error| EndpointError::BadFd(*raw, error))?;
+                let fd =
+                    super::fds::inherit_socket(*raw).map_err(|error| EndpointError::BadFd(*raw, error))?;
                 if getsockopt(&fd, sockopt::AcceptConn).unwrap_or(false) {
                     Self::Listen { listener: Arc::new(fd), path: None }
                 } else {
@@ -172,7 +173,9 @@ impl Connection {
     }
 
     fn send_next<T: Copy>(&mut self, reactor: &mut Reactor<T>, token: T) {
-        if !self.sending && let Some(bytes) = self.outbox.pop_front() {
+        if !self.sending
+            && let Some(bytes) = self.outbox.pop_front()
+        {
             self.sending = true;
             reactor.send(&self.socket, Outgoing::new(bytes, None), token);
         }

@@ -4,10 +4,10 @@
 //! into session outcomes. It never waits: whatever is not ready comes back as a completion or a message.
 #![forbid(unsafe_code)]
 
+use super::Port;
 use super::connection::{Connection, Endpoint, client_socket};
 use super::helper::{Helper, Job, JobDone};
 use super::plan::{Purpose, Step as PlanStep};
-use super::Port;
 use crate::reactor::message::UnixAddress;
 use crate::reactor::{Done, Reactor};
 use crate::session::{Outcome, Step};
@@ -134,7 +134,12 @@ impl Control {
         }
     }
 
-    fn connected<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>, id: usize, socket: OwnedFd) {
+    fn connected<T: Copy + From<ControlToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        id: usize,
+        socket: OwnedFd,
+    ) {
         let epoch = self.epochs[id];
         let port = &mut self.ports[id];
         port.endpoint.connected();
@@ -285,7 +290,9 @@ impl Control {
                     port.plan.waiting = commands.len();
                     let port_id = port.id;
                     self.commands.extend(
-                        commands.into_iter().map(|(pair, command)| (PairKey { port: port_id, pair }, command)),
+                        commands
+                            .into_iter()
+                            .map(|(pair, command)| (PairKey { port: port_id, pair }, command)),
                     );
                 }
             }
@@ -352,7 +359,12 @@ impl Control {
         }
     }
 
-    fn fail<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>, id: usize, error: &dyn std::fmt::Display) {
+    fn fail<T: Copy + From<ControlToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        id: usize,
+        error: &dyn std::fmt::Display,
+    ) {
         self.ports[id].failures += 1;
         self.close(reactor, id, &format!("connection closed: {error}"));
     }

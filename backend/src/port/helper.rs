@@ -140,10 +140,12 @@ fn perform(job: Job) -> Option<JobDone> {
             }
             _ => Ok(()),
         }),
-        Job::Queues(uplink, queues) => JobDone::Steered(queues.into_iter().try_for_each(|(queue, active)| {
-            uplink
-                .set_queue_active(queue, active)
-                .map_err(|error| format!("{}: queue {queue}: {error}", uplink.describe()))
-        })),
+        Job::Queues(uplink, queues) => {
+            JobDone::Steered(queues.into_iter().try_for_each(|(queue, active)| {
+                uplink
+                    .set_queue_active(queue, active)
+                    .map_err(|error| format!("{}: queue {queue}: {error}", uplink.describe()))
+            }))
+        }
     })
 }

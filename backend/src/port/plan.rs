@@ -167,7 +167,8 @@ impl Port {
             .iter()
             .filter(|mapping| {
                 let spec = mapping.spec();
-                (spec.guest_phys, spec.size, spec.user_addr) != (region.guest_phys, region.size, region.user_addr)
+                (spec.guest_phys, spec.size, spec.user_addr)
+                    != (region.guest_phys, region.size, region.user_addr)
             })
             .cloned()
             .collect();

@@ -18,8 +18,12 @@ impl Port {
     /// The counters that are not zero, in one line.
     pub(crate) fn summary(&self) -> String {
         let counts = self.counts();
-        let mut words: Vec<String> =
-            counts.each().into_iter().filter(|(_, n)| *n > 0).map(|(name, n)| format!("{name}={n}")).collect();
+        let mut words: Vec<String> = counts
+            .each()
+            .into_iter()
+            .filter(|(_, n)| *n > 0)
+            .map(|(name, n)| format!("{name}={n}"))
+            .collect();
         for (name, n) in [("refused", self.refused), ("failures", self.failures)] {
             if n > 0 {
                 words.push(format!("{name}={n}"));

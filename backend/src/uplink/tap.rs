@@ -28,7 +28,9 @@ pub const NAME_MAX: usize = libc::IFNAMSIZ - 1;
 #[derive(Debug, thiserror::Error)]
 pub enum TapError {
     /// /dev/net/tun does not open.
-    #[error("/dev/net/tun cannot be opened: {0}; load the tun module (`modprobe tun`) or give the process access to it")]
+    #[error(
+        "/dev/net/tun cannot be opened: {0}; load the tun module (`modprobe tun`) or give the process access to it"
+    )]
     NoTun(io::Error),
     /// The interface may not be created or attached.
     #[error(
@@ -40,7 +42,9 @@ pub enum TapError {
     #[error("tap {0}: in use by another process; stop that process or use another name")]
     Busy(String),
     /// An interface of that name exists that is no tap, or one with other flags.
-    #[error("tap {0}: an interface of this name exists that is not a tap with the same queue mode; for {1} queue pair(s) create it with `ip tuntap add dev {0} mode tap vnet_hdr{2}`")]
+    #[error(
+        "tap {0}: an interface of this name exists that is not a tap with the same queue mode; for {1} queue pair(s) create it with `ip tuntap add dev {0} mode tap vnet_hdr{2}`"
+    )]
     WrongKind(String, u16, &'static str),
     /// An inherited descriptor is no tap.
     #[error("tap-fd:{0}: descriptor {0} is not an open tap ({1}); pass one that TUNSETIFF was called on")]
@@ -111,9 +115,7 @@ impl Tap {
             request.ifr_ifru.ifru_flags = (flags | many) as libc::c_short;
             ioctl(&file, libc::TUNSETIFF as _, (&raw mut request) as libc::c_ulong).map_err(|error| {
                 match error.raw_os_error() {
-                    Some(libc::EPERM | libc::EACCES) => {
-                        TapError::NotPermitted(name.into(), multi_queue_word)
-                    }
+                    Some(libc::EPERM | libc::EACCES) => TapError::NotPermitted(name.into(), multi_queue_word),
                     Some(libc::EBUSY) => TapError::Busy(name.into()),
                     Some(libc::EINVAL) => TapError::WrongKind(name.into(), queue_pairs, multi_queue_word),
                     _ => TapError::Call(name.into(), "TUNSETIFF", error),
@@ -180,9 +182,11 @@ impl Tap {
                 | 1 << vn::VIRTIO_NET_F_GUEST_USO4
                 | 1 << vn::VIRTIO_NET_F_GUEST_USO6;
         }
-        let mtu = interface_mtu(&name, mtu).map_err(|error| TapError::Call(name.clone(), "setting its MTU", error))?;
+        let mtu = interface_mtu(&name, mtu)
+            .map_err(|error| TapError::Call(name.clone(), "setting its MTU", error))?;
         let capabilities = Capabilities { offloads, mtu };
-        let tap = Self { description, name, queues, multi_queue, capabilities, header_len: AtomicUsize::new(12) };
+        let tap =
+            Self { description, name, queues, multi_queue, capabilities, header_len: AtomicUsize::new(12) };
         let format = FrameFormat { header_len: 12, features: 0 };
         tap.configure(format).map_err(|error| TapError::Call(tap.name.clone(), "TUNSETVNETHDRSZ", error))?;
         // Only the first queue takes part in the kernel's steering until the driver enables others.
@@ -337,8 +341,9 @@ impl UplinkQueue for TapQueue {
     fn send(&mut self, frame: &[IoVec<'_>]) -> Result<(), SendError> {
         // SAFETY: IoVec is repr(transparent) over iovec, and each entry is memory that lives as long as the
         // slice's borrow; the kernel only reads it.
-        let sent =
-            unsafe { libc::writev(self.fd.as_raw_fd(), frame.as_ptr().cast::<libc::iovec>(), frame.len() as _) };
+        let sent = unsafe {
+            libc::writev(self.fd.as_raw_fd(), frame.as_ptr().cast::<libc::iovec>(), frame.len() as _)
+        };
         if sent >= 0 { Ok(()) } else { Err(send_error()) }
     }
 
@@ -346,8 +351,9 @@ impl UplinkQueue for TapQueue {
     fn receive(&mut self, buffers: &[IoVec<'_>]) -> Result<usize, ReceiveError> {
         // SAFETY: as above; the entries are memory that may be written (guest memory, or a buffer of ours
         // that was borrowed mutably).
-        let read =
-            unsafe { libc::readv(self.fd.as_raw_fd(), buffers.as_ptr().cast::<libc::iovec>(), buffers.len() as _) };
+        let read = unsafe {
+            libc::readv(self.fd.as_raw_fd(), buffers.as_ptr().cast::<libc::iovec>(), buffers.len() as _)
+        };
         if read >= 0 { Ok(read as usize) } else { Err(receive_error()) }
     }
 }

@@ -243,7 +243,8 @@ impl Pair {
         half.call_again = false;
         half.enabled = enabled;
         // Looked at once without waiting for a kick: it may have come before we listened (vhost #343, #375).
-        half.ring = Some(Ring { queue, kick, kick_poll: None, pending: true, listening: false, parked: None });
+        half.ring =
+            Some(Ring { queue, kick, kick_poll: None, pending: true, listening: false, parked: None });
         self.rearm_kick(reactor, direction);
         self.watch_uplink(reactor);
         Reply::Done
@@ -387,7 +388,8 @@ impl Pair {
         };
         let token = self.token(What::Call(Direction::Transmit));
         for _ in 0..BURSTS_PER_TURN {
-            let Some(ring) = self.tx.ring.as_mut().filter(|ring| ring.pending && ring.parked.is_none()) else {
+            let Some(ring) = self.tx.ring.as_mut().filter(|ring| ring.pending && ring.parked.is_none())
+            else {
                 return;
             };
             ring.ignore_kicks();
@@ -446,7 +448,8 @@ impl Pair {
         let settings = RxSettings::new(self.features);
         let token = self.token(What::Call(Direction::Receive));
         for _ in 0..BURSTS_PER_TURN {
-            let Some(ring) = self.rx.ring.as_mut().filter(|ring| ring.pending && ring.parked.is_none()) else {
+            let Some(ring) = self.rx.ring.as_mut().filter(|ring| ring.pending && ring.parked.is_none())
+            else {
                 return;
             };
             if !self.uplink_readable {
@@ -512,7 +515,12 @@ impl Pair {
         }
     }
 
-    fn uplink_lost<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, why: String, shared: &mut Shared) {
+    fn uplink_lost<T: Copy + From<PairToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        why: String,
+        shared: &mut Shared,
+    ) {
         if !std::mem::replace(&mut self.uplink_down, true) {
             shared.outbox.push(ToControl::Event(self.key, Event::UplinkDown(why)));
         }

@@ -64,7 +64,11 @@ pub fn spawn(index: u16, control: Postbox<ToControl>) -> Result<Worker, SpawnErr
     Ok(Worker { postbox, thread })
 }
 
-fn run(mut reactor: Reactor<PairToken>, mailbox: &Mailbox<ToWorker>, control: &Postbox<ToControl>) -> io::Result<()> {
+fn run(
+    mut reactor: Reactor<PairToken>,
+    mailbox: &Mailbox<ToWorker>,
+    control: &Postbox<ToControl>,
+) -> io::Result<()> {
     let mut datapath = Datapath::default();
     let mut done = Vec::new();
     let mut busy = false;

@@ -37,7 +37,10 @@ impl Apt {
     pub fn new(dir: &Path) -> Result<Self> {
         let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
         let field = |key: &str| {
-            release.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix('=')).map(|v| v.trim_matches('"').to_owned())
+            release
+                .lines()
+                .find_map(|l| l.strip_prefix(key)?.strip_prefix('='))
+                .map(|v| v.trim_matches('"').to_owned())
         };
         let id = field("ID").unwrap_or_default();
         ensure!(id == "debian", "this machine is not Debian (ID={id})");
@@ -160,7 +163,9 @@ pub fn installed(names: &[&str]) -> Vec<String> {
     names
         .iter()
         .filter(|name| {
-            present.iter().any(|p| p.strip_prefix(**name).is_some_and(|rest| rest.is_empty() || is_abi_number(rest)))
+            present
+                .iter()
+                .any(|p| p.strip_prefix(**name).is_some_and(|rest| rest.is_empty() || is_abi_number(rest)))
         })
         .map(|name| (*name).to_owned())
         .collect()
@@ -239,7 +244,8 @@ fn parse_lines(text: &str) -> Vec<Source> {
         };
         let mut words = rest.split_whitespace().map(str::to_owned);
         let (Some(uri), Some(suite)) = (words.next(), words.next()) else { continue };
-        let signed_by = options.split_whitespace().find_map(|o| o.strip_prefix("signed-by=")).map(str::to_owned);
+        let signed_by =
+            options.split_whitespace().find_map(|o| o.strip_prefix("signed-by=")).map(str::to_owned);
         sources.push(Source { uri, suites: vec![suite], components: words.collect(), signed_by });
     }
     sources
@@ -262,8 +268,9 @@ fn parse_stanzas(text: &str) -> Vec<Source> {
             fields.push((key.trim().to_ascii_lowercase(), value.trim().to_owned()));
         } else if line.trim().is_empty() {
             let get = |key: &str| fields.iter().find(|(k, _)| k == key).map(|(_, v)| v.clone());
-            let words =
-                |key: &str| get(key).unwrap_or_default().split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+            let words = |key: &str| {
+                get(key).unwrap_or_default().split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+            };
             let enabled = get("enabled").is_none_or(|v| v != "no");
             if enabled && words("types").iter().any(|t| t == "deb") {
                 sources.extend(words("uris").into_iter().map(|uri| Source {

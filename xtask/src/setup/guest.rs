@@ -46,7 +46,8 @@ pub fn ensure_kernel(apt: &Apt, dir: &Path) -> Result<PathBuf> {
         apt::unpack(&file, &scratch.path().join("root"))?;
     }
     let root = scratch.path().join("root");
-    let image = find(&root.join("boot"), &|name| name.starts_with("vmlinuz-")).context("the package has no kernel")?;
+    let image = find(&root.join("boot"), &|name| name.starts_with("vmlinuz-"))
+        .context("the package has no kernel")?;
     // Debian moved modules from /lib to /usr/lib.
     let modules = [root.join("lib/modules"), root.join("usr/lib/modules")]
         .into_iter()
@@ -56,7 +57,8 @@ pub fn ensure_kernel(apt: &Apt, dir: &Path) -> Result<PathBuf> {
     let mut order = String::new();
     for module in MODULES {
         let plain = format!("{module}.ko");
-        let Some(found) = find(&modules, &|name| name.strip_prefix(&plain).is_some_and(|r| r.is_empty() || r == ".xz"))
+        let Some(found) =
+            find(&modules, &|name| name.strip_prefix(&plain).is_some_and(|r| r.is_empty() || r == ".xz"))
         else {
             let is_builtin = builtin.as_ref().is_some_and(|b| b.contains(&format!("/{plain}")));
             ensure!(is_builtin, "the kernel {package} has no module {module}");

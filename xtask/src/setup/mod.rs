@@ -47,8 +47,9 @@ pub fn run() -> Result<Artefacts> {
         "the lab boots x86-64 guests with a Debian kernel; this machine is {}",
         std::env::consts::ARCH
     );
-    let apt = Apt::new(&dir)
-        .with_context(|| format!("setup knows Debian only; install by hand: {BY_HAND}, and see the README"))?;
+    let apt = Apt::new(&dir).with_context(|| {
+        format!("setup knows Debian only; install by hand: {BY_HAND}, and see the README")
+    })?;
 
     step("iproute2", || ensure_ip(&apt))?;
     let (qemu, qemu_data) = step("QEMU", || ensure_qemu(&apt, &dir))?;
@@ -61,6 +62,17 @@ pub fn run() -> Result<Artefacts> {
     let artefacts = Artefacts::in_dir(&dir)?;
     println!("setup: complete after {:.1} s, in {}", started.elapsed().as_secs_f32(), dir.display());
     Ok(artefacts)
+}
+
+/// Makes sure of a C++ compiler, which libFuzzer is built with.
+pub fn ensure_cxx() -> Result<()> {
+    let is_there = ["c++", "g++", "clang++"].iter().any(|program| lab::find_in_path(program).is_some());
+    if is_there || std::env::var_os("CXX").is_some() {
+        return Ok(());
+    }
+    let apt =
+        Apt::new(&crate::target_dir().join("lab")).context("the fuzzers need a C++ compiler; install g++")?;
+    apt.install(&["g++"])
 }
 
 fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
@@ -88,7 +100,8 @@ fn ensure_qemu(apt: &Apt, dir: &Path) -> Result<(PathBuf, Vec<PathBuf>)> {
     }
     if apt.codename != "bookworm" {
         apt.install(&["qemu-system-x86"])?;
-        let program = lab::find_in_path(PROGRAM).context("qemu-system-x86 was installed but is not in PATH")?;
+        let program =
+            lab::find_in_path(PROGRAM).context("qemu-system-x86 was installed but is not in PATH")?;
         let version = qemu_version(&program)?;
         ensure!(version >= QEMU_MINIMUM, "this system's QEMU is {version:?}, the lab needs {QEMU_MINIMUM:?}");
         return Ok((program, Vec::new()));
@@ -116,8 +129,10 @@ fn ensure_qemu(apt: &Apt, dir: &Path) -> Result<(PathBuf, Vec<PathBuf>)> {
     }
     if qemu_version(&program).is_err() {
         let depends = fs::read_to_string(root.join("depends")).unwrap_or_default();
-        let libraries: Vec<&str> =
-            depends.lines().filter(|n| !["qemu", "seabios", "ipxe"].iter().any(|p| n.starts_with(p))).collect();
+        let libraries: Vec<&str> = depends
+            .lines()
+            .filter(|n| !["qemu", "seabios", "ipxe"].iter().any(|p| n.starts_with(p)))
+            .collect();
         apt.install(&libraries)?;
     }
     qemu_version(&program)?;
