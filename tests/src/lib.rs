@@ -34,7 +34,7 @@ mod wait;
 
 pub use artefacts::{Artefacts, BACKEND, LAB_DIR, backend_binary, find_in_path, lab_dir};
 pub use backend::{Backend, BackendConfig};
-pub use bed::{Bed, bridged, pull, push, there_and_back};
+pub use bed::{Bed, Place, bridged, pull, push, there_and_back};
 pub use migration::{Migration, MigrationReport};
 pub use netns::NetNs;
 pub use ping::{PingReport, Pinger, ping, ping_whole};

@@ -10,7 +10,7 @@ mod setup;
 mod suite;
 
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use clap::{Parser, Subcommand};
 
@@ -31,6 +31,7 @@ enum Task {
     Demo(demo::Options),
     /// Run the fuzz targets
     Fuzz(fuzz::Options),
+    // `Bench` has its place here: measurements against DPDK and bare system calls, by the crate in `bench/`.
 }
 
 fn main() -> ExitCode {
@@ -60,9 +61,20 @@ fn target_dir() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
 }
 
+/// A command inside a user namespace of its own, where it may make network namespaces and taps; for root, the
+/// plain command.
+fn privileged(program: &Path) -> Command {
+    if nix::unistd::geteuid().is_root() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("unshare");
+    command.arg("-Urnm").arg(program);
+    command
+}
+
 /// The cargo that runs us.
-fn cargo() -> std::process::Command {
-    let mut command = std::process::Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
+fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
     command.current_dir(workspace());
     command
 }
