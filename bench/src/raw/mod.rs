@@ -108,10 +108,10 @@ pub fn run(args: &Args) -> Result<()> {
     if let (Some(tap), Some(engine), Some(direction)) = (&args.forever, args.engine, args.direction) {
         let size = args.size.first().copied().unwrap_or(64);
         let mut mover = mover(engine, direction, tap, size)?;
-        loop {
-            interrupt::check()?;
+        while interrupt::check().is_ok() {
             mover.step()?;
         }
+        return Ok(());
     }
     let _space = NetSpace::enter()?;
     let combinations = combinations(args);

@@ -185,6 +185,15 @@ impl Testpmd {
         self.log.transcript.lock().unwrap_or_else(|e| e.into_inner()).text.clone()
     }
 
+    /// How it ended, if it did, with the end of what it printed.
+    pub fn ended(&mut self) -> Option<String> {
+        let status = self.child.try_wait().ok().flatten()?;
+        let text = self.log_text() + &self.output.transcript.lock().unwrap_or_else(|e| e.into_inner()).text;
+        let tail: Vec<&str> = text.lines().rev().take(20).collect();
+        let tail: Vec<&str> = tail.into_iter().rev().collect();
+        Some(format!("testpmd ended: {status}; its last lines:\n{}", tail.join("\n")))
+    }
+
     /// Gives one command and returns what testpmd printed until its next prompt.
     pub fn command(&mut self, line: &str) -> Result<String> {
         let from = self.output.len();
