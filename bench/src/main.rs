@@ -9,8 +9,12 @@ use clap::{Parser, Subcommand};
 mod compare;
 mod generate;
 mod interrupt;
+mod netspace;
+mod procstat;
 mod raw;
 mod report;
+mod tap;
+mod testpmd;
 
 /// Loads and measures vhost-user network back-ends.
 #[derive(Parser)]

@@ -1,4 +1,51 @@
 //! The lab: what whole-program tests, the demo and the benchmarks share.
-pub mod dpdk;
-pub mod procstat;
+//!
+//! A test is a [`scenario`]: it gets a [`Lab`] (a folder for sockets and logs, a lock against other
+//! scenarios) and starts guards in it: [`NetNs`], [`Backend`], [`Qemu`], [`Testpmd`]. Guards stop what they
+//! started when they are dropped, and everything they start also ends when this process dies:
+//! children by their parent-death signal, network namespaces because nothing but our descriptors
+//! holds them.
+//!
+//! | module | what |
+//! |---|---|
+//! | `artefacts` | where QEMU, the guest and DPDK are |
+//! | `scenario` | one test's surroundings; skipping; what is printed when it fails |
+//! | `process`, `netns`, `wait` | children, namespaces with taps and bridges, polling |
+//! | `backend`, `qemu`, `qmp`, `serial`, `migration`, `testpmd` | the programs under test and their peers |
+//! | `ping`, `transfer`, `sniff` | the host's side of the traffic |
+//! | `wire` | numbered frames, put on a tap and captured from it |
+//! | `bed` | the usual arrangements of all these |
+#![deny(missing_docs)]
+
+mod artefacts;
+mod backend;
+mod bed;
+mod migration;
+mod netns;
+mod ping;
+mod process;
+mod qemu;
+mod qmp;
+mod scenario;
+mod serial;
+mod sniff;
+mod testpmd;
+mod transfer;
+mod wait;
 pub mod wire;
+
+pub use artefacts::{Artefacts, BACKEND, LAB_DIR, backend_binary, find_in_path, lab_dir};
+pub use backend::{Backend, BackendConfig};
+pub use bed::{Bed, bridged, pull, push, there_and_back};
+pub use migration::{Migration, MigrationReport};
+pub use netns::NetNs;
+pub use ping::{PingReport, Pinger, ping, ping_whole};
+pub use process::Process;
+pub use qemu::{GUEST_IP, GUEST_MAC, HOST_IP, PREFIX, Qemu, QemuConfig};
+pub use qmp::Qmp;
+pub use scenario::{Lab, REQUIRE_ALL, SKIP_LIST, scenario};
+pub use serial::Shell;
+pub use sniff::Sniffer;
+pub use testpmd::{PortStats, Testpmd, TestpmdConfig};
+pub use transfer::{Amount, Digest, Sink, Source};
+pub use wait::{PATIENCE, until};

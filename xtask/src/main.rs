@@ -1,2 +1,68 @@
 //! Developer commands of the workspace: `cargo xtask <command>`.
-fn main() {}
+//!
+//! Here: the command line only. Each command has a module of its own; what they share with the
+//! tests (guests, back-ends, namespaces) is the `lab` crate in `tests/`.
+#![forbid(unsafe_code)]
+
+mod demo;
+mod fuzz;
+mod setup;
+mod suite;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Builds, tests and shows vhost-user-net")]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Fetch what the tests and the demo need: QEMU, a guest kernel, busybox, DPDK
+    Setup,
+    /// Run all tests: unit tests, whole-program tests with real guests, a short run of the fuzzers
+    Test(suite::Options),
+    /// Boot a guest, ping it, transfer data, migrate it live, and report what happened
+    Demo(demo::Options),
+    /// Run the fuzz targets
+    Fuzz(fuzz::Options),
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Task::Setup => setup::run().map(|_| true),
+        Task::Test(options) => suite::run(&options),
+        Task::Demo(options) => demo::run(&options).map(|()| true),
+        Task::Fuzz(options) => fuzz::run(&options),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The root of the workspace.
+fn workspace() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace")
+}
+
+/// Where cargo builds, and so where the lab's parts go.
+fn target_dir() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
+}
+
+/// The cargo that runs us.
+fn cargo() -> std::process::Command {
+    let mut command = std::process::Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
+    command.current_dir(workspace());
+    command
+}

@@ -6,9 +6,9 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use crate::procstat::{self, Resident};
+use crate::testpmd::{Memory, Testpmd, TestpmdConfig};
 use anyhow::{Context, Result, ensure};
-use lab::dpdk::{Memory, Testpmd, TestpmdConfig};
-use lab::procstat::{self, Resident};
 use serde::Serialize;
 
 use super::{BACKEND_CPU, MEMORY_MIB, OTHER_CPU};
@@ -68,8 +68,11 @@ pub fn watch(program: &Path, time: Duration) -> Result<Idle> {
     command.arg("--config").arg(&config);
     let backend = start(command, &sockets)?;
     // One front-end with all ports: a process each would need too much memory.
-    let vdevs =
-        sockets.iter().enumerate().map(|(i, s)| format!("net_virtio_user{i},path={},queues=1", s.display())).collect();
+    let vdevs = sockets
+        .iter()
+        .enumerate()
+        .map(|(i, s)| format!("net_virtio_user{i},path={},queues=1", s.display()))
+        .collect();
     let frontend = Testpmd::start(&TestpmdConfig {
         name: format!("vbi{}", std::process::id()),
         cpu: OTHER_CPU,

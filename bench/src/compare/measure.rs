@@ -4,9 +4,9 @@
 
 use std::time::{Duration, Instant};
 
+use crate::procstat;
+use crate::testpmd::Testpmd;
 use anyhow::{Result, ensure};
-use lab::dpdk::Testpmd;
-use lab::procstat;
 use lab::wire::Link;
 
 use super::sides::BackEnd;
@@ -35,7 +35,8 @@ pub struct Reading {
 
 /// Guest to tap: how many packets the tap gets while the front-end (or the loop itself) sends all it can.
 pub fn writing(backend: &BackEnd, link: &Link, window: Duration) -> Result<Reading> {
-    let (start, before, cpu_before) = (Instant::now(), link.counters()?, procstat::cpu_time_ns(backend.pid())?);
+    let (start, before, cpu_before) =
+        (Instant::now(), link.counters()?, procstat::cpu_time_ns(backend.pid())?);
     interrupt::sleep(window)?;
     let (wall, after, cpu_after) = (start.elapsed(), link.counters()?, procstat::cpu_time_ns(backend.pid())?);
     let packets = after.rx_packets - before.rx_packets;

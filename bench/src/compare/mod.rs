@@ -20,15 +20,16 @@ mod table;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::netspace::NetSpace;
+use crate::testpmd::{self, HugePages, Memory, Testpmd, TestpmdConfig};
 use anyhow::{Context, Result};
-use lab::dpdk::{self, HugePages, Memory, Testpmd, TestpmdConfig};
-use lab::wire::{Link, NetSpace};
+use lab::wire::Link;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
 use crate::interrupt;
-use crate::report::Spread;
 use crate::raw::{Direction, Engine};
+use crate::report::Spread;
 use measure::Reading;
 use sides::{BackEnd, Side};
 use table::{Cell, Report, What};
@@ -75,7 +76,7 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<()> {
     interrupt::install()?;
-    dpdk::available()?;
+    testpmd::available()?;
     let mut cpus = CpuSet::new();
     cpus.set(OTHER_CPU)?;
     sched_setaffinity(Pid::from_raw(0), &cpus).context("this comparison needs two CPUs, 0 and 1")?;
@@ -138,15 +139,18 @@ fn one_round(args: &Args, side: &Side) -> Result<Vec<(What, Cell)>> {
             for size in SIZES {
                 let writer = BackEnd::bare(engine, Direction::Tx, size, TAP)?;
                 interrupt::sleep(WARM_UP)?;
-                cells.push((What::ToTap(size), measure::writing(&writer, &link, window)?.into()));
+                cells.push((What::Transmit(size), measure::writing(&writer, &link, window)?.into()));
                 drop(writer);
                 interrupt::wait_for("the tap to go", GONE_TIMEOUT, || Ok(!link.exists()))?;
                 let mut reader = BackEnd::bare(engine, Direction::Rx, size, TAP)?;
                 link.set_queue_len(args.prefill as u32 + 1)?;
                 interrupt::sleep(WARM_UP)?;
-                cells.push((What::ToGuest(size), measure::draining(&mut reader, &link, size, args.prefill, None)?.into()));
                 cells.push((
-                    What::ToGuestCpu(size),
+                    What::Receive(size),
+                    measure::draining(&mut reader, &link, size, args.prefill, None)?.into(),
+                ));
+                cells.push((
+                    What::ReceiveCpu(size),
                     measure::at_rate(&reader, &link, size, args.pps, window, None)?.into(),
                 ));
                 drop(reader);
@@ -183,16 +187,16 @@ fn through_a_guest(
         frontend.set_frame_size(size)?;
         frontend.start_forwarding("txonly")?;
         interrupt::sleep(WARM_UP)?;
-        cells.push((What::ToTap(size), measure::writing(backend, link, window)?.into()));
+        cells.push((What::Transmit(size), measure::writing(backend, link, window)?.into()));
         frontend.stop_forwarding()?;
     }
     frontend.start_forwarding("rxonly")?;
     for size in SIZES {
         interrupt::sleep(WARM_UP)?;
         let reading = measure::draining(backend, link, size, args.prefill, Some(frontend))?;
-        cells.push((What::ToGuest(size), reading.into()));
+        cells.push((What::Receive(size), reading.into()));
         let reading = measure::at_rate(backend, link, size, args.pps, window, Some(frontend))?;
-        cells.push((What::ToGuestCpu(size), reading.into()));
+        cells.push((What::ReceiveCpu(size), reading.into()));
     }
     frontend.stop_forwarding()
 }
@@ -200,7 +204,11 @@ fn through_a_guest(
 fn start_frontend(socket: &std::path::Path) -> Result<Testpmd> {
     let path = socket.to_str().context("socket path")?;
     let name = format!("vbf{}", std::process::id());
-    let config = TestpmdConfig { memory: Memory::Huge, memory_mib: MEMORY_MIB, ..TestpmdConfig::virtio_user(&name, OTHER_CPU, path, 1, "") };
+    let config = TestpmdConfig {
+        memory: Memory::Huge,
+        memory_mib: MEMORY_MIB,
+        ..TestpmdConfig::virtio_user(&name, OTHER_CPU, path, 1, "")
+    };
     Testpmd::start(&config).context("front-end")
 }
 

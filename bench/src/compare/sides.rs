@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::procstat;
+use crate::testpmd::{Memory, Testpmd, TestpmdConfig};
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
-use lab::dpdk::{Memory, Testpmd, TestpmdConfig};
-use lab::procstat;
 use lab::wire::Link;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -59,8 +59,17 @@ impl BackEnd {
     /// A bare loop of this program as a process of its own, so that it is measured as the others are.
     pub fn bare(engine: Engine, direction: Direction, size: usize, tap: &str) -> Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
-        let word = |v: Option<clap::builder::PossibleValue>| v.map(|v| v.get_name().to_string()).unwrap_or_default();
-        command.args(["tap-raw", "--forever", tap, "--cpu", &BACKEND_CPU.to_string(), "--size", &size.to_string()]);
+        let word =
+            |v: Option<clap::builder::PossibleValue>| v.map(|v| v.get_name().to_string()).unwrap_or_default();
+        command.args([
+            "tap-raw",
+            "--forever",
+            tap,
+            "--cpu",
+            &BACKEND_CPU.to_string(),
+            "--size",
+            &size.to_string(),
+        ]);
         command.args(["--engine", &word(engine.to_possible_value())]);
         command.args(["--direction", &word(direction.to_possible_value())]);
         Self::spawn(command, tap, None)
@@ -123,7 +132,9 @@ impl BackEnd {
     /// How it ended, if it did.
     pub fn ended(&mut self) -> Option<String> {
         match &mut self.process {
-            Process::Plain(child) => child.try_wait().ok().flatten().map(|s| format!("the back-end ended: {s}")),
+            Process::Plain(child) => {
+                child.try_wait().ok().flatten().map(|s| format!("the back-end ended: {s}"))
+            }
             Process::Testpmd(t) => t.ended(),
         }
     }

@@ -24,11 +24,11 @@ const IDLE_CPU_US_PER_S_MAX: f64 = 10.0;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum What {
     /// Guest to tap, as many as possible.
-    ToTap(usize),
+    Transmit(usize),
     /// Tap to guest, as many as possible.
-    ToGuest(usize),
+    Receive(usize),
     /// Tap to guest at a fixed rate: CPU time per packet.
-    ToGuestCpu(usize),
+    ReceiveCpu(usize),
 }
 
 /// One side's numbers of one round.
@@ -77,14 +77,14 @@ pub struct Report {
 impl What {
     fn title(self) -> (&'static str, usize) {
         match self {
-            Self::ToTap(size) => ("guest->tap", size),
-            Self::ToGuest(size) => ("tap->guest", size),
-            Self::ToGuestCpu(size) => ("tap->guest, fixed rate", size),
+            Self::Transmit(size) => ("guest->tap", size),
+            Self::Receive(size) => ("tap->guest", size),
+            Self::ReceiveCpu(size) => ("tap->guest, fixed rate", size),
         }
     }
 
     fn is_cpu(self) -> bool {
-        matches!(self, Self::ToGuestCpu(_))
+        matches!(self, Self::ReceiveCpu(_))
     }
 }
 
@@ -150,7 +150,10 @@ impl Report {
             })
             .collect();
         let mut out = format!("\nMedians (min-max) of {} rounds; back-end on one CPU. ", self.rounds);
-        out.push_str(&format!("Fixed rate: {} packets/s, CPU ns of the back-end per packet (less is better).\n", self.pps));
+        out.push_str(&format!(
+            "Fixed rate: {} packets/s, CPU ns of the back-end per packet (less is better).\n",
+            self.pps
+        ));
         out.push_str("A ratio above 1 is in our favour in every row; \"above bare\" is ns per packet over the bare plain loop.\n\n");
         out.push_str(&report::table(&head, &body));
         out.push_str(&self.idle_text());
@@ -158,7 +161,10 @@ impl Report {
             for (side, s) in &r.sides {
                 if s.lost.median > 0.0005 {
                     let percent = s.lost.median * 100.0;
-                    out.push_str(&format!("note: {} {} B: {side} lost {percent:.1} % of what it took\n", r.row, r.bytes));
+                    out.push_str(&format!(
+                        "note: {} {} B: {side} lost {percent:.1} % of what it took\n",
+                        r.row, r.bytes
+                    ));
                 }
                 if r.unit == "Mpps" && s.cpu_share.median < 0.95 {
                     let percent = s.cpu_share.median * 100.0;
@@ -188,7 +194,11 @@ impl Report {
             ],
             vec![
                 "resident memory, one port".into(),
-                format!("{:.1} MiB (+ {} KiB shared)", i.one_port_resident_kib as f64 / 1024.0, i.one_port_shared_kib),
+                format!(
+                    "{:.1} MiB (+ {} KiB shared)",
+                    i.one_port_resident_kib as f64 / 1024.0,
+                    i.one_port_shared_kib
+                ),
                 format!("<= {} MiB", RESIDENT_KIB_MAX / 1024),
                 word(small).into(),
             ],
@@ -254,10 +264,10 @@ mod tests {
         let mut r = Report::new(1, 200_000);
         let ours = Side::Ours("x".into());
         for (side, mpps) in [(&Side::Bare, 2.0), (&Side::Dpdk, 1.8), (&ours, 1.9)] {
-            r.add(side, What::ToTap(64), cell(mpps, 500.0));
+            r.add(side, What::Transmit(64), cell(mpps, 500.0));
         }
         for (side, ns) in [(&Side::Bare, 500.0), (&Side::Dpdk, 5000.0), (&ours, 700.0)] {
-            r.add(side, What::ToGuestCpu(64), cell(0.2, ns));
+            r.add(side, What::ReceiveCpu(64), cell(0.2, ns));
         }
         let rows = r.rows();
         assert_eq!(rows[0].verdict, "reached");

@@ -9,17 +9,19 @@ mod uring;
 use std::fs::File;
 use std::time::{Duration, Instant};
 
+use crate::netspace::NetSpace;
+use crate::tap::{TapOptions, VNET_HDR_LEN, open_tap};
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
-use lab::wire::{FOREIGN_MAC, Frame, Link, NetSpace, TapOptions, VNET_HDR_LEN, open_tap};
+use lab::wire::{FOREIGN_MAC, Frame, Link};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 use serde::Serialize;
 
 use crate::generate::Generator;
-use crate::report::{self, Spread};
 use crate::interrupt;
+use crate::report::{self, Spread};
 
 /// Packets per step of a loop, and per io_uring submission.
 pub const BATCH: usize = 64;

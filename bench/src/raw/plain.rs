@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 
+use crate::tap::VNET_HDR_LEN;
 use anyhow::{Context, Result, ensure};
-use lab::wire::VNET_HDR_LEN;
 use nix::poll::{PollFd, PollFlags, poll};
 
 use super::{BATCH, Mover};

@@ -8,10 +8,10 @@ use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, Ordering};
 
+use crate::tap::VNET_HDR_LEN;
 use anyhow::{Context, Result, bail, ensure};
 use io_uring::types::{BufRingEntry, Fixed};
 use io_uring::{IoUring, cqueue, opcode, squeue};
-use lab::wire::VNET_HDR_LEN;
 
 use super::plain::{BUFFER_LEN, wait_readable};
 use super::{BATCH, Mover};
@@ -140,7 +140,8 @@ struct Pages {
 
 impl Pages {
     fn new(len: usize) -> Result<Self> {
-        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let (protection, flags) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
         // SAFETY: a new anonymous mapping touches no memory that exists.
         let p = unsafe { libc::mmap(std::ptr::null_mut(), len, protection, flags, -1, 0) };
         ensure!(p != libc::MAP_FAILED, "mmap: {}", std::io::Error::last_os_error());

@@ -83,7 +83,8 @@ impl Frame {
 }
 
 fn pattern(number: u64, i: usize) -> u8 {
-    (number.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left((i % 61) as u32) as u8).wrapping_add((i / 61) as u8)
+    (number.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left((i % 61) as u32) as u8)
+        .wrapping_add((i / 61) as u8)
 }
 
 /// What [`check_udp`] found in a frame.

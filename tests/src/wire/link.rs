@@ -1,44 +1,11 @@
-//! A network name space of one's own, and what the lab asks of an interface in it: up or down, queue length,
-//! MTU, counters. Not here: how a tap is opened (`tap`), sockets (`packet`).
+//! What is asked of an interface of the calling thread's name space: up, queue length, MTU, counters.
+//! Not here: sockets (`packet`).
 
 use std::fs;
-use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
-
-/// The calling thread's own network name space; dropping it takes the thread back. Processes and threads that it
-/// starts meanwhile are inside. All interfaces in it vanish with the last of them.
-#[derive(Debug)]
-pub struct NetSpace {
-    before: File,
-}
-
-const OWN_NETNS: &str = "/proc/thread-self/ns/net";
-
-impl NetSpace {
-    /// Makes a name space and moves the calling thread into it. Interfaces get no IPv6 (whose own packets would be
-    /// in every count).
-    pub fn enter() -> Result<Self> {
-        let before = File::open(OWN_NETNS).context(OWN_NETNS)?;
-        unshare(CloneFlags::CLONE_NEWNET).context("a network name space of our own (needs CAP_SYS_ADMIN)")?;
-        let it = Self { before };
-        let switch = "/proc/sys/net/ipv6/conf/default/disable_ipv6";
-        if Path::new(switch).exists() {
-            fs::write(switch, "1").context(switch)?;
-        }
-        Ok(it)
-    }
-}
-
-impl Drop for NetSpace {
-    fn drop(&mut self) {
-        let _ = setns(&self.before, CloneFlags::CLONE_NEWNET);
-    }
-}
 
 /// Counters of an interface as the stack sees them: what a back-end writes to a tap is *received*.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -1,13 +1,12 @@
-//! The host's side of an uplink: a network name space of one's own, taps, frames whose content can be checked, and
-//! AF_PACKET sockets that put them on an interface or capture them.
-//! Not here: back-ends and front-ends.
+//! Frames on a tap, seen from the host: what they are (numbered, so that every byte can be checked), AF_PACKET sockets
+//! that put them on an interface or capture them, and the interface's counters.
+//!
+//! All of it works on the name space of the calling thread: use [`crate::NetNs::run`].
 
 mod frame;
 mod link;
 mod packet;
-mod tap;
 
 pub use frame::{FOREIGN_MAC, FRAME_MIN, Frame, Udp, check_udp};
-pub use link::{Counters, Link, NetSpace};
-pub use packet::{Capture, Injector};
-pub use tap::{TapOptions, VNET_HDR_LEN, open_tap};
+pub use link::{Counters, Link};
+pub use packet::{Capture, INJECT_BURST, Injector};

@@ -158,7 +158,13 @@ impl Capture {
         // SAFETY: the kernel writes at most `len` bytes to the structure, which outlives the call.
         let r = unsafe {
             let value = (&raw mut stats).cast();
-            libc::getsockopt(self.fd.as_raw_fd(), libc::SOL_PACKET, libc::PACKET_STATISTICS, value, &raw mut len)
+            libc::getsockopt(
+                self.fd.as_raw_fd(),
+                libc::SOL_PACKET,
+                libc::PACKET_STATISTICS,
+                value,
+                &raw mut len,
+            )
         };
         if r < 0 {
             return Err(io::Error::last_os_error()).context("PACKET_STATISTICS");

@@ -16,7 +16,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-pub use stats::{PortStats, QueueStats};
+pub use stats::PortStats;
 
 use crate::procstat;
 
@@ -225,20 +225,9 @@ impl Testpmd {
         self.command(&format!("set txpkts {bytes}")).map(drop)
     }
 
-    /// Counters of a port since its start or the last [`Self::clear_stats`].
+    /// Counters of a port since its start.
     pub fn stats(&mut self, port: u16) -> Result<PortStats> {
         stats::parse_port(&self.command(&format!("show port stats {port}"))?)
-    }
-
-    /// Packets that each queue of the ports forwarded since the start of forwarding.
-    pub fn queue_stats(&mut self) -> Result<Vec<QueueStats>> {
-        Ok(stats::parse_queues(&self.command("show fwd stats all")?))
-    }
-
-    /// Sets all counters to zero.
-    pub fn clear_stats(&mut self) -> Result<()> {
-        self.command("clear port stats all")?;
-        self.command("clear fwd stats all").map(drop)
     }
 }
 

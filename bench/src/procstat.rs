@@ -29,7 +29,9 @@ pub fn pin_and_die_with_parent(command: &mut Command, cpu: Option<usize>) {
 /// CPU time of all live threads of a process in nanoseconds (the scheduler's own clock, not ticks).
 pub fn cpu_time_ns(pid: u32) -> Result<u64> {
     let mut sum = 0;
-    for task in fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("threads of process {pid}"))? {
+    for task in
+        fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("threads of process {pid}"))?
+    {
         // A thread may end between the two reads; its time is then lost, which a caller that samples long-lived
         // workers can accept.
         let Ok(text) = fs::read_to_string(task?.path().join("schedstat")) else { continue };
@@ -41,7 +43,9 @@ pub fn cpu_time_ns(pid: u32) -> Result<u64> {
 /// Voluntary plus involuntary context switches of all threads: how often the process was woken or preempted.
 pub fn context_switches(pid: u32) -> Result<u64> {
     let mut sum = 0;
-    for task in fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("threads of process {pid}"))? {
+    for task in
+        fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("threads of process {pid}"))?
+    {
         let Ok(text) = fs::read_to_string(task?.path().join("status")) else { continue };
         sum += status_field(&text, "voluntary_ctxt_switches:").unwrap_or(0);
         sum += status_field(&text, "nonvoluntary_ctxt_switches:").unwrap_or(0);

@@ -20,24 +20,14 @@ pub struct PortStats {
     pub tx_bytes: u64,
 }
 
-/// What one queue of one port forwarded, in packets.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct QueueStats {
-    /// Queue pair.
-    pub queue: u16,
-    /// Received on it.
-    pub rx_packets: u64,
-    /// Sent on it.
-    pub tx_packets: u64,
-}
-
 fn field(text: &str, name: &str) -> Option<u64> {
     let rest = &text[text.find(name)? + name.len()..];
     rest.split_whitespace().next()?.parse().ok()
 }
 
 pub(super) fn parse_port(text: &str) -> Result<PortStats> {
-    let get = |name: &str| field(text, name).with_context(|| format!("no {name} in testpmd's answer:\n{text}"));
+    let get =
+        |name: &str| field(text, name).with_context(|| format!("no {name} in testpmd's answer:\n{text}"));
     Ok(PortStats {
         rx_packets: get("RX-packets:")?,
         rx_missed: get("RX-missed:")?,
@@ -46,20 +36,6 @@ pub(super) fn parse_port(text: &str) -> Result<PortStats> {
         rx_bytes: get("RX-bytes:")?,
         tx_bytes: get("TX-bytes:")?,
     })
-}
-
-/// testpmd prints a block per stream, but only if it has several queues.
-pub(super) fn parse_queues(text: &str) -> Vec<QueueStats> {
-    let mut queues = Vec::new();
-    for block in text.split("Forward Stats for").skip(1) {
-        let Some(queue) = field(block, "/Queue=") else { continue };
-        queues.push(QueueStats {
-            queue: queue as u16,
-            rx_packets: field(block, "RX-packets:").unwrap_or(0),
-            tx_packets: field(block, "TX-packets:").unwrap_or(0),
-        });
-    }
-    queues
 }
 
 #[cfg(test)]
@@ -90,19 +66,5 @@ mod tests {
         };
         assert_eq!(s, expected);
         assert!(parse_port("testpmd> nothing").is_err());
-    }
-
-    #[test]
-    fn queue_counters_are_read() {
-        let text = "
-  ------- Forward Stats for RX Port= 0/Queue= 0 -> TX Port= 0/Queue= 0 -------
-  RX-packets: 10             TX-packets: 9              TX-dropped: 1
-
-  ------- Forward Stats for RX Port= 0/Queue= 3 -> TX Port= 0/Queue= 3 -------
-  RX-packets: 4              TX-packets: 4              TX-dropped: 0
-";
-        let q = parse_queues(text);
-        assert_eq!(q.len(), 2);
-        assert_eq!(q[1], QueueStats { queue: 3, rx_packets: 4, tx_packets: 4 });
     }
 }

@@ -1,0 +1,96 @@
+//! The usual arrangements of back-end and guest, and bulk transfers between the guest and the host.
+#![forbid(unsafe_code)]
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use crate::backend::{Backend, BackendConfig};
+use crate::netns::NetNs;
+use crate::qemu::{HOST_IP, PREFIX, Qemu, QemuConfig};
+use crate::scenario::Lab;
+use crate::transfer::{Amount, Digest, Sink, Source};
+
+/// An emulated guest moves some 10 MB/s, and less beside other work.
+const TRANSFER_PATIENCE: Duration = Duration::from_secs(240);
+
+/// One guest on one back-end with one tap, which has the host's address.
+#[derive(Debug)]
+pub struct Bed {
+    /// The guest; it ends before its back-end.
+    pub guest: Qemu,
+    /// The back-end.
+    pub backend: Backend,
+    /// Where the back-end and its tap are.
+    pub netns: NetNs,
+    /// How the back-end was started, for starting another.
+    pub backend_config: BackendConfig,
+}
+
+impl Bed {
+    /// Starts both and waits until the guest has booted. The tap is persistent, so it outlives the back-end.
+    pub fn start(lab: &Lab, change: impl FnOnce(&mut BackendConfig, &mut QemuConfig)) -> Result<Self> {
+        let netns = NetNs::new()?;
+        let socket = lab.path("vhost");
+        let mut backend_config = BackendConfig::tap(&socket, "tap0");
+        let mut guest_config = QemuConfig::new("guest", &socket);
+        change(&mut backend_config, &mut guest_config);
+        netns.add_tap("tap0", backend_config.wants_multi_queue(), Some(&format!("{HOST_IP}/{PREFIX}")))?;
+        let backend = Backend::start(lab, &netns, &backend_config)?;
+        let guest = Qemu::boot(lab, &guest_config)?;
+        Ok(Self { guest, backend, netns, backend_config })
+    }
+
+    /// Ends the guest, then the back-end, which must have survived everything and end cleanly.
+    pub fn stop(mut self) -> Result<()> {
+        self.guest.check_alive()?;
+        self.backend.check_alive()?;
+        drop(self.guest);
+        self.backend.stop_cleanly()
+    }
+}
+
+/// A bridge with the host's address, and one tap in it for each back-end of a migration.
+///
+/// The bridge learns where the guest is from its frames, as a switch does: after a migration, traffic finds the
+/// guest only if the new place was announced.
+pub fn bridged(taps: &[&str]) -> Result<NetNs> {
+    let netns = NetNs::new()?;
+    for tap in taps {
+        netns.add_tap(tap, BackendConfig::tap(Path::new(""), tap).wants_multi_queue(), None)?;
+    }
+    netns.add_bridge("br0", &format!("{HOST_IP}/{PREFIX}"), taps)?;
+    Ok(netns)
+}
+
+/// The guest fetches pseudo-random bytes into a file; fails unless they arrive unchanged.
+pub fn pull(netns: &NetNs, guest: &mut Qemu, bytes: u64, file: &str) -> Result<Digest> {
+    let source = Source::start(netns, bytes, Amount::Bytes(bytes))?;
+    let port = source.port();
+    let command = format!("nc {HOST_IP} {port} </dev/null >{file} && md5sum <{file} && wc -c <{file}");
+    let seen = guest.shell.run_within(&command, TRANSFER_PATIENCE)?;
+    let sent = source.finish()?;
+    ensure!(
+        seen.contains(&sent.md5) && seen.contains(&sent.bytes.to_string()),
+        "host to guest: sent {sent:?}, the guest has {seen}"
+    );
+    Ok(sent)
+}
+
+/// The guest sends a file; fails unless it arrives with the given length and checksum.
+pub fn push(netns: &NetNs, guest: &mut Qemu, file: &str, expected: &Digest) -> Result<()> {
+    let sink = Sink::start(netns)?;
+    guest.shell.run_within(&format!("nc {HOST_IP} {} <{file}", sink.port()), TRANSFER_PATIENCE)?;
+    let seen = sink.finish()?;
+    ensure!(seen == *expected, "guest to host: sent {expected:?}, arrived {seen:?}");
+    Ok(())
+}
+
+/// Transfers so many bytes from the host to the guest, and the same bytes back.
+pub fn there_and_back(netns: &NetNs, guest: &mut Qemu, bytes: u64) -> Result<()> {
+    let file = "/tmp/transfer";
+    let sent = pull(netns, guest, bytes, file)?;
+    push(netns, guest, file, &sent)?;
+    guest.run(&format!("rm {file}")).map(drop)
+}

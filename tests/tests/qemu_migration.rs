@@ -1,0 +1,135 @@
+//! Precopy migration between two QEMUs, each with its own back-end.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use lab::{
+    Amount, Backend, BackendConfig, GUEST_IP, GUEST_MAC, HOST_IP, Lab, Migration, NetNs, PATIENCE, Pinger,
+    Qemu, QemuConfig, Sniffer, Source, bridged, scenario, there_and_back,
+};
+
+const TAPS: [&str; 3] = ["tap0", "tap1", "tap2"];
+const PING_INTERVAL: Duration = Duration::from_millis(20);
+/// MiB of random guest memory whose checksum must survive.
+const FILLED_MIB: u32 = 48;
+/// Bytes per second that the back-end writes into guest memory all the time.
+const STREAM_RATE: u64 = 1_000_000;
+/// So slow that pings and traffic fall into the first pass for certain.
+const SLOW: u64 = 4 << 20;
+const FAST: u64 = 24 << 20;
+const RARP: [u8; 2] = [0x80, 0x35];
+
+/// A back-end and a QEMU in one place; the QEMU ends first.
+struct Place {
+    qemu: Qemu,
+    backend: Backend,
+}
+
+impl Place {
+    fn start(lab: &Lab, netns: &NetNs, tap: &str, change: impl FnOnce(&mut QemuConfig)) -> Result<Self> {
+        let socket = lab.path(&format!("{tap}.vhost"));
+        let backend = Backend::start(lab, netns, &BackendConfig::tap(&socket, tap))?;
+        let mut config = QemuConfig::new(&format!("on-{tap}"), &socket);
+        change(&mut config);
+        let qemu = if config.is_incoming { Qemu::start(lab, &config)? } else { Qemu::boot(lab, &config)? };
+        Ok(Self { qemu, backend })
+    }
+
+    fn stop(mut self) -> Result<()> {
+        self.backend.check_alive()?;
+        drop(self.qemu);
+        self.backend.stop_cleanly()
+    }
+}
+
+/// Twice in a row, while packets and the guest itself write to guest memory.
+#[test]
+fn under_load_twice_in_a_row() {
+    scenario("under_load_twice_in_a_row", |lab| {
+        let netns = bridged(&TAPS)?;
+        let mut place = Place::start(lab, &netns, TAPS[0], |_| {})?;
+        place.qemu.run(&format!("dd if=/dev/urandom of=/tmp/filled bs=1M count={FILLED_MIB} 2>/dev/null"))?;
+        let filled = place.qemu.run("md5sum </tmp/filled")?;
+
+        let pinger = Pinger::start(&netns, GUEST_IP, PING_INTERVAL)?;
+        let stream = Source::start(&netns, 5, Amount::UntilStopped(STREAM_RATE))?;
+        let port = stream.port();
+        place.qemu.run(&format!(
+            "(nc {HOST_IP} {port} </dev/null | md5sum >/tmp/stream; touch /tmp/done) >/dev/null &"
+        ))?;
+        let dirty =
+            "dd if=/dev/urandom of=/tmp/dirty bs=64k count=16 conv=notrunc 2>/dev/null; usleep 100000";
+        place.qemu.run(&format!("(while [ ! -e /tmp/done ]; do {dirty}; done) >/dev/null 2>&1 &"))?;
+        pinger.wait_answers(5, PATIENCE).context("before any migration")?;
+
+        for tap in &TAPS[1..] {
+            let mut next = Place::start(lab, &netns, tap, |config| config.is_incoming = true)?;
+            let slow = Migration { bandwidth: SLOW, ..Migration::default() };
+            slow.start(lab, &mut place.qemu, &mut next.qemu)?;
+            pinger.wait_answers(5, PATIENCE).context("during the migration")?;
+            let status = place.qemu.migration()?["status"].clone();
+            ensure!(status == "active", "the pings fell outside the migration, which is {status}");
+            slow.set_bandwidth(&mut place.qemu, FAST)?;
+            let report = slow.finish(&mut place.qemu, &mut next.qemu)?;
+            println!("to {tap}: {report:?}");
+            ensure!(report.dirty_syncs > 1, "the dirty log was never read again: {report:?}");
+            pinger.wait_answers(5, PATIENCE).with_context(|| format!("after the migration to {tap}"))?;
+
+            std::mem::replace(&mut place, next).stop()?;
+            let seen = place.qemu.run("md5sum </tmp/filled")?;
+            ensure!(seen == filled, "the guest's memory changed: {filled} became {seen}");
+        }
+
+        stream.stop();
+        let sent = stream.finish()?;
+        let seen = place.qemu.run("while [ ! -e /tmp/done ]; do usleep 50000; done; cat /tmp/stream")?;
+        ensure!(seen.contains(&sent.md5), "the stream: sent {sent:?}, the guest has {seen}");
+        there_and_back(&netns, &mut place.qemu, 5_000_000)?;
+        let pings = pinger.stop()?;
+        println!("pings: {pings:?}");
+        ensure!(pings.corrupted == 0, "pings came back changed");
+        place.stop()
+    });
+}
+
+/// A guest that cannot announce itself is announced by the back-end (SEND_RARP).
+#[test]
+fn announced_by_the_back_end() {
+    scenario("announced_by_the_back_end", |lab| {
+        let netns = bridged(&TAPS[..2])?;
+        let silent = |config: &mut QemuConfig| config.device.push("guest_announce=off".into());
+        let mut source = Place::start(lab, &netns, TAPS[0], silent)?;
+        let mut destination = Place::start(lab, &netns, TAPS[1], |config| {
+            silent(config);
+            config.is_incoming = true;
+        })?;
+        let pinger = Pinger::start(&netns, GUEST_IP, PING_INTERVAL)?;
+        pinger.wait_answers(5, PATIENCE)?;
+
+        let announced = Sniffer::start(&netns, TAPS[1], |frame| frame.get(12..14) == Some(&RARP))?;
+        Migration::default().run(lab, &mut source.qemu, &mut destination.qemu)?;
+        let frame = announced.wait("an announcement on the tap", PATIENCE)?;
+        let mac = mac_bytes(GUEST_MAC)?;
+        ensure!(frame.get(..6) == Some(&[0xff; 6]), "the announcement is no broadcast: {frame:02x?}");
+        ensure!(
+            frame.get(6..12) == Some(&mac),
+            "the announcement does not come from the guest: {frame:02x?}"
+        );
+        // RFC 903: hardware and protocol types, lengths, request reverse, then the addresses asked about.
+        ensure!(frame.get(14..22) == Some(&[0, 1, 8, 0, 6, 4, 0, 3]), "no reverse request: {frame:02x?}");
+        ensure!(
+            frame.get(22..28) == Some(&mac) && frame.get(32..38) == Some(&mac),
+            "other addresses: {frame:02x?}"
+        );
+
+        pinger.wait_answers(5, PATIENCE)?;
+        source.stop()?;
+        there_and_back(&netns, &mut destination.qemu, 5_000_000)?;
+        destination.stop()
+    });
+}
+
+fn mac_bytes(text: &str) -> Result<[u8; 6]> {
+    let bytes = text.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<Vec<u8>, _>>()?;
+    bytes.try_into().ok().context("a MAC address has six bytes")
+}

@@ -1,0 +1,6 @@
+//! stub
+#[derive(clap::Args)]
+pub struct Options {}
+pub fn run(_: &Options) -> anyhow::Result<bool> {
+    Ok(true)
+}
