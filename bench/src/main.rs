@@ -1,2 +1,43 @@
 //! vubench: loads and measures any vhost-user network back-end.
-fn main() {}
+//!
+//! Here: the command line only. `raw` has the bare tap loops, `compare` runs several back-ends against each other on
+//! a tap, `generate` puts frames into one.
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+mod compare;
+mod generate;
+mod interrupt;
+mod netspace;
+mod procstat;
+mod raw;
+mod report;
+mod tap;
+mod testpmd;
+
+/// Loads and measures vhost-user network back-ends.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Bare read and write loops on a tap: what the tap itself costs
+    TapRaw(raw::Args),
+    /// Put frames into a tap, at a fixed rate or as fast as possible
+    TapGen(generate::Args),
+    /// Compare back-ends with a tap uplink: ours, DPDK's, and the bare loops
+    Tap(compare::Args),
+}
+
+fn main() -> Result<()> {
+    match Cli::parse().command {
+        Command::TapRaw(args) => raw::run(&args),
+        Command::TapGen(args) => generate::run(&args),
+        Command::Tap(args) => compare::run(&args),
+    }
+}

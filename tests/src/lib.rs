@@ -13,6 +13,7 @@
 //! | `process`, `netns`, `wait` | children, namespaces with taps and bridges, polling |
 //! | `backend`, `qemu`, `qmp`, `serial`, `migration`, `testpmd` | the programs under test and their peers |
 //! | `ping`, `transfer`, `sniff` | the host's side of the traffic |
+//! | `wire` | numbered frames, put on a tap and captured from it |
 //! | `bed` | the usual arrangements of all these |
 #![deny(missing_docs)]
 
@@ -31,6 +32,7 @@ mod sniff;
 mod testpmd;
 mod transfer;
 mod wait;
+pub mod wire;
 
 pub use artefacts::{Artefacts, BACKEND, LAB_DIR, backend_binary, find_in_path, lab_dir};
 pub use backend::{Backend, BackendConfig};

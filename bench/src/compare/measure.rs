@@ -1,0 +1,132 @@
+//! The three measurements. All of them count what the tap counted and what CPU time the process used, so that every
+//! contender is measured in the same way.
+#![forbid(unsafe_code)]
+
+use std::time::{Duration, Instant};
+
+use crate::procstat;
+use crate::testpmd::Testpmd;
+use anyhow::{Result, ensure};
+use lab::wire::Link;
+
+use super::sides::BackEnd;
+use crate::generate::Generator;
+use crate::interrupt;
+
+/// Pause between two looks at the tap's counters while it is drained. A look takes some 20 µs of the front-end's CPU.
+const LOOK: Duration = Duration::from_millis(2);
+/// A drain ends when nothing more was taken for so long.
+const STALL: Duration = Duration::from_millis(300);
+/// How long a front-end may take to count the last packets.
+const SETTLE: Duration = Duration::from_millis(50);
+
+/// One number of packets per time, and what it cost.
+#[derive(Clone, Copy, Debug)]
+pub struct Reading {
+    /// Packets that reached the other end, millions per second.
+    pub mpps: f64,
+    /// CPU time of the back-end per packet, ns.
+    pub cpu_ns: f64,
+    /// CPU time of the back-end per time.
+    pub cpu_share: f64,
+    /// Share of the packets that the back-end took and the front-end did not get.
+    pub lost: f64,
+}
+
+/// Guest to tap: how many packets the tap gets while the front-end (or the loop itself) sends all it can.
+pub fn writing(backend: &BackEnd, link: &Link, window: Duration) -> Result<Reading> {
+    let (start, before, cpu_before) =
+        (Instant::now(), link.counters()?, procstat::cpu_time_ns(backend.pid())?);
+    interrupt::sleep(window)?;
+    let (wall, after, cpu_after) = (start.elapsed(), link.counters()?, procstat::cpu_time_ns(backend.pid())?);
+    let packets = after.rx_packets - before.rx_packets;
+    ensure!(packets > 0, "nothing reached the tap");
+    Ok(reading(packets, wall, cpu_after - cpu_before, 0.0))
+}
+
+/// Tap to guest, the back-end alone: it is stopped, the tap's queue is filled, it goes on, and nobody else needs a CPU
+/// but the front-end. The rate is taken from the middle of the drain.
+pub fn draining(
+    backend: &mut BackEnd,
+    link: &Link,
+    size: usize,
+    prefill: u64,
+    mut frontend: Option<&mut Testpmd>,
+) -> Result<Reading> {
+    let generator = Generator::open(link, size)?;
+    backend.pause()?;
+    let delivered_before = delivered(&mut frontend)?;
+    let before = link.counters()?;
+    generator.fill(prefill)?;
+    ensure!(link.counters()?.tx_dropped == before.tx_dropped, "the tap's queue is shorter than {prefill}");
+    backend.resume()?;
+    let mut samples: Vec<(Instant, u64, u64)> = Vec::with_capacity(4096);
+    let mut moved = Instant::now();
+    loop {
+        interrupt::check()?;
+        let taken = link.counters()?.tx_packets - before.tx_packets;
+        if samples.last().is_none_or(|s| s.1 != taken) {
+            moved = Instant::now();
+        }
+        samples.push((Instant::now(), taken, procstat::cpu_time_ns(backend.pid())?));
+        if taken >= prefill || moved.elapsed() > STALL {
+            break;
+        }
+        std::thread::sleep(LOOK);
+    }
+    std::thread::sleep(SETTLE);
+    let taken = samples.last().map_or(0, |s| s.1);
+    ensure!(taken >= prefill, "the back-end took {taken} of {prefill} packets and then no more");
+    // The first and last tenth belong to waking up and running dry.
+    let middle: Vec<_> =
+        samples.iter().filter(|s| s.1 >= prefill / 10 && s.1 <= prefill - prefill / 10).copied().collect();
+    ensure!(middle.len() >= 3, "{prefill} packets are too few to time a drain");
+    let (first, last) = (middle[0], middle[middle.len() - 1]);
+    let lost = match frontend {
+        Some(_) => 1.0 - (delivered(&mut frontend)? - delivered_before) as f64 / prefill as f64,
+        None => 0.0,
+    };
+    Ok(reading(last.1 - first.1, last.0 - first.0, last.2 - first.2, lost))
+}
+
+/// Tap to guest at a fixed rate that leaves the generator and the front-end room on their CPU.
+pub fn at_rate(
+    backend: &BackEnd,
+    link: &Link,
+    size: usize,
+    pps: u64,
+    window: Duration,
+    mut frontend: Option<&mut Testpmd>,
+) -> Result<Reading> {
+    let generator = Generator::open(link, size)?;
+    let delivered_before = delivered(&mut frontend)?;
+    let before = link.counters()?;
+    let (start, cpu_before) = (Instant::now(), procstat::cpu_time_ns(backend.pid())?);
+    let sent = generator.paced(pps, window)?;
+    let (wall, cpu_after) = (start.elapsed(), procstat::cpu_time_ns(backend.pid())?);
+    std::thread::sleep(SETTLE);
+    let taken = link.counters()?.tx_packets - before.tx_packets;
+    let got = match frontend {
+        Some(_) => delivered(&mut frontend)? - delivered_before,
+        None => taken,
+    };
+    ensure!(got > 0, "nothing reached the guest");
+    Ok(reading(taken, wall, cpu_after - cpu_before, 1.0 - got as f64 / sent as f64))
+}
+
+fn delivered(frontend: &mut Option<&mut Testpmd>) -> Result<u64> {
+    match frontend {
+        Some(f) => Ok(f.stats(0)?.rx_packets),
+        None => Ok(0),
+    }
+}
+
+fn reading(packets: u64, wall: Duration, cpu_ns: u64, lost: f64) -> Reading {
+    let got = packets as f64 * (1.0 - lost.max(0.0));
+    Reading {
+        mpps: got / wall.as_secs_f64() / 1e6,
+        cpu_ns: cpu_ns as f64 / got,
+        cpu_share: cpu_ns as f64 / wall.as_nanos() as f64,
+        lost,
+    }
+}
