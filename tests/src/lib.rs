@@ -14,6 +14,7 @@
 //! | `backend`, `qemu`, `qmp`, `serial`, `migration`, `testpmd` | the programs under test and their peers |
 //! | `ping`, `transfer`, `sniff` | the host's side of the traffic |
 //! | `bed` | the usual arrangements of all these |
+//! | [`rawfront`] | a front-end that can do anything wrong, and a small driver that does it right |
 #![deny(missing_docs)]
 
 mod artefacts;
@@ -25,6 +26,7 @@ mod ping;
 mod process;
 mod qemu;
 mod qmp;
+pub mod rawfront;
 mod scenario;
 mod serial;
 mod sniff;
