@@ -15,6 +15,7 @@
 //! | `ping`, `transfer`, `sniff` | the host's side of the traffic |
 //! | `wire` | numbered frames, put on a tap and captured from it |
 //! | `bed` | the usual arrangements of all these |
+//! | [`rawfront`] | a front-end that can do anything wrong, and a small driver that does it right |
 #![deny(missing_docs)]
 
 mod artefacts;
@@ -26,6 +27,7 @@ mod ping;
 mod process;
 mod qemu;
 mod qmp;
+pub mod rawfront;
 mod scenario;
 mod serial;
 mod sniff;
