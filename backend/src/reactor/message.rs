@@ -163,7 +163,10 @@ impl UnixAddress {
         // SAFETY: all-zero bytes are a valid sockaddr_un.
         let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
         if bytes.is_empty() || bytes.len() >= address.sun_path.len() || bytes.contains(&0) {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "socket path is empty or longer than 107 bytes"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "socket path is empty or longer than 107 bytes",
+            ));
         }
         address.sun_family = libc::AF_UNIX as _;
         for (to, from) in address.sun_path.iter_mut().zip(bytes) {

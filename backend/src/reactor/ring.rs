@@ -99,12 +99,9 @@ impl<T: Copy> Reactor<T> {
 
     /// Connects a socket.
     pub fn connect(&mut self, socket: &Arc<OwnedFd>, address: Box<UnixAddress>, token: T) -> OpId {
-        let entry = opcode::Connect::new(
-            Fd(socket.as_raw_fd()),
-            (&raw const address.address).cast(),
-            address.len,
-        )
-        .build();
+        let entry =
+            opcode::Connect::new(Fd(socket.as_raw_fd()), (&raw const address.address).cast(), address.len)
+                .build();
         self.start(entry, token, Body::Connect { _address: address }, Some(socket))
     }
 
@@ -252,7 +249,8 @@ impl<T: Copy> Reactor<T> {
             }
             let more = cqueue::more(cqe.flags());
             let result = cqe.result();
-            let outcome = if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(result as u32) };
+            let outcome =
+                if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(result as u32) };
             if more {
                 let op = &self.ops[key];
                 // Only polls report more than once.
