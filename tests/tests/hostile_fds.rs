@@ -83,6 +83,7 @@ fn wrong_kinds_of_memory_log_and_channel_fds() -> Result<()> {
             let before = arena.complaints();
             let front = arena.bad_negotiated()?;
             front.refused(*request, payload, &fd).with_context(|| format!("{kind} in message {request}"))?;
+            drop(front);
             arena.check_reported(before)?;
             arena.check_good()?;
         }
@@ -490,6 +491,7 @@ fn fds_whose_owner_never_answers() -> Result<()> {
         (msg::SET_BACKEND_REQ_FD, vec![]),
         (msg::GET_FEATURES, vec![]),
     ];
+    let mut failures = Vec::new();
     for (request, payload) in &cases {
         let fuse = match SilentFuse::mount() {
             Ok(fuse) => fuse,
@@ -501,7 +503,7 @@ fn fds_whose_owner_never_answers() -> Result<()> {
         let mut arena = Arena::new()?;
         let file = fuse.open()?;
         let front = arena.bad_negotiated()?;
-        fuse.fall_silent();
+        let silence = fuse.fall_silent();
         let bytes = Wire::encode(*request, flag::VERSION | flag::NEED_REPLY, payload);
         front.wire.send_raw(&bytes, &[file.as_raw_fd()])?;
         std::thread::sleep(Duration::from_millis(50));
@@ -509,9 +511,11 @@ fn fds_whose_owner_never_answers() -> Result<()> {
         // Lets go of everything that waits; our own close would wait as well.
         fuse.abort();
         drop(file);
-        result.with_context(|| format!("message {request}"))?;
-        arena.check_all().with_context(|| format!("message {request}, after the owner's end"))?;
+        drop(silence);
+        let result = result.and_then(|()| arena.check_all().context("after the owner's end"));
+        failures.extend(result.err().map(|why| format!("message {request}: {why:#}")));
     }
+    ensure!(failures.is_empty(), "{}", failures.join("\n"));
     Ok(())
 }
 

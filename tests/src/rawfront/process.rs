@@ -23,6 +23,10 @@ pub fn eventually(patience: Duration, mut done: impl FnMut() -> bool) -> bool {
     }
 }
 
+/// Held while a child is started, and while a [`super::SilentFuse`] says nothing: a child closes what it inherits before
+/// it becomes another program, and would wait for ever for that file system.
+pub(super) static STARTING: Mutex<()> = Mutex::new(());
+
 /// A running back-end, with a folder of its own for its sockets. Ended when dropped.
 #[derive(Debug)]
 pub struct Backend {
@@ -61,6 +65,7 @@ impl Backend {
 
     fn start(folder: tempfile::TempDir, args: &[String]) -> Result<Self> {
         let program = crate::backend_binary()?;
+        let starting = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
         let mut child = Command::new(&program)
             .args(args)
             .env_remove("RUST_LOG")
@@ -68,6 +73,7 @@ impl Backend {
             .stderr(Stdio::piped())
             .spawn()
             .with_context(|| format!("start {}", program.display()))?;
+        drop(starting);
         let stderr = child.stderr.take().context("stderr")?;
         let log = Arc::new(Mutex::new(Vec::new()));
         let sink = Arc::clone(&log);
