@@ -62,7 +62,8 @@ impl Incoming {
         self.header.msg_flags & libc::MSG_CTRUNC != 0
     }
 
-    /// Takes the descriptors of the read out of the control buffer. Each is handed out once.
+    /// Takes the descriptors of the read out of the control buffer. Each is handed out once, or a stand-in for it
+    /// if it is of a kind that could make whoever closes it wait.
     pub fn take_fds(&mut self) -> Vec<OwnedFd> {
         let mut fds = Vec::new();
         // SAFETY: `header` describes `control`, whose first msg_controllen bytes the kernel filled; the CMSG
@@ -76,7 +77,7 @@ impl Incoming {
                     let len = (*cmsg).cmsg_len as usize - (data as usize - cmsg as usize);
                     for i in 0..len / size_of::<RawFd>() {
                         let raw = data.cast::<RawFd>().add(i).read_unaligned();
-                        fds.push(OwnedFd::from_raw_fd(raw));
+                        fds.extend(super::stranger::admit(OwnedFd::from_raw_fd(raw)));
                     }
                 }
                 cmsg = libc::CMSG_NXTHDR(&self.header, cmsg);

@@ -9,6 +9,7 @@ pub mod mailbox;
 pub mod message;
 pub mod probe;
 mod ring;
+mod stranger;
 
 pub use mailbox::{Mailbox, Postbox};
 pub use message::{Incoming, Outgoing};
