@@ -525,6 +525,8 @@ fn check_both_halves(arena: &mut Arena, front: Front) -> Result<()> {
     arena.check_good().context("after the front-end is gone")?;
     // A new connection needs the control socket, mapping and unmapping.
     let start = Instant::now();
+    // One connection at a time: the old one has to go first.
+    arena.good.wire.socket().shutdown(std::net::Shutdown::Both)?;
     arena.good = Front::up(&arena.backend.socket(GOOD)).context("the good port's control socket")?;
     arena.check_good()?;
     println!("a new front-end of {GOOD} beside a stuck one of {BAD}: {:?}", start.elapsed());
