@@ -519,10 +519,55 @@ fn fds_whose_owner_never_answers() -> Result<()> {
     Ok(())
 }
 
+/// The same in great number: they must not use up the descriptors that other ports need.
+#[test]
+fn hundreds_of_fds_whose_owner_never_answers() -> Result<()> {
+    const FDS_MAX: usize = 128;
+    let fuse = match SilentFuse::mount() {
+        Ok(fuse) => fuse,
+        Err(why) => {
+            println!("skipped: {why:#}");
+            return Ok(());
+        }
+    };
+    let mut arena = Arena::new()?;
+    let before = arena.backend.fds()?;
+    let file = fuse.open()?;
+    let fds = [file.as_raw_fd(); 8];
+    let silence = fuse.fall_silent();
+    let message = Wire::encode(msg::SET_MEM_TABLE, flag::VERSION, &mem_table(&[[0, MIB, 0, 0]; 8]));
+    let mut connections = Vec::new();
+    for _ in 0..20 {
+        let wire = Wire::connect(&arena.bad())?;
+        // Closed at some point, or not accepted any more.
+        for _ in 0..10 {
+            let _ = wire.send_once(&message, &fds);
+        }
+        // Kept for now: fds in a queue that nobody reads would be flushed by our own close.
+        connections.push(wire);
+        if connections.len() > 1 {
+            connections[connections.len() - 2].socket().shutdown(std::net::Shutdown::Both)?;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let result = check_good_beside(&mut arena);
+    let most = arena.backend.fds()?;
+    fuse.abort();
+    drop((connections, file, silence));
+    println!("{most} fds of the back-end were open, {before} before");
+    result?;
+    ensure!(most <= before + FDS_MAX, "{most} fds are open, {before} were");
+    arena.check_all().context("after the owner's end")
+}
+
 fn check_both_halves(arena: &mut Arena, front: Front) -> Result<()> {
     arena.check_good()?;
     drop(front);
-    arena.check_good().context("after the front-end is gone")?;
+    check_good_beside(arena).context("after the front-end is gone")
+}
+
+fn check_good_beside(arena: &mut Arena) -> Result<()> {
+    arena.check_good()?;
     // A new connection needs the control socket, mapping and unmapping.
     let start = Instant::now();
     // One connection at a time: the old one has to go first.

@@ -20,6 +20,9 @@ const CLOSERS_MAX: usize = 4;
 /// Stack of such a thread, bytes: it makes one system call.
 const CLOSER_STACK: usize = 64 << 10;
 
+/// Strangers that may wait for their end; beyond that, whoever brings more is not listened to (see [`crowd`]).
+const STRANGERS_MAX: usize = 64;
+
 struct Waiting {
     closers: usize,
     queue: VecDeque<RawFd>,
@@ -29,13 +32,23 @@ static WAITING: Mutex<Waiting> = Mutex::new(Waiting { closers: 0, queue: VecDequ
 
 /// The descriptor itself if the loop may close it, else a stand-in, or `None` if there is no descriptor left for one:
 /// then the receiver misses it, which it refuses as well.
-pub(super) fn admit(fd: OwnedFd) -> Option<OwnedFd> {
+///
+/// `strangers` is increased if it is a stranger.
+pub(super) fn admit(fd: OwnedFd, strangers: &mut usize) -> Option<OwnedFd> {
     if closes_at_once(&fd) {
         return Some(fd);
     }
+    *strangers += 1;
     close_elsewhere(fd);
     // The reading end of a pipe whose writing end is closed: no message takes it.
     pipe().ok().map(|(read, _)| read)
+}
+
+/// Whether more strangers wait for their end than should. They hold descriptors of this process, which others need:
+/// a front-end that brings more of them must not be read from until this is over.
+pub fn crowd() -> bool {
+    let waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
+    waiting.closers + waiting.queue.len() > STRANGERS_MAX
 }
 
 /// Whether closing cannot wait. None of these questions reaches a file system or a driver.
@@ -87,7 +100,9 @@ mod tests {
         let unix = UnixStream::pair().unwrap().0.into();
         for fd in [memfd, event, unix, pipe().unwrap().1] {
             let number = fd.as_raw_fd();
-            assert_eq!(admit(fd).map(|fd| fd.as_raw_fd()), Some(number));
+            let mut strangers = 0;
+            assert_eq!(admit(fd, &mut strangers).map(|fd| fd.as_raw_fd()), Some(number));
+            assert_eq!(strangers, 0);
         }
     }
 
@@ -97,9 +112,11 @@ mod tests {
         let file = std::fs::File::open(&path).unwrap();
         let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let name = tcp.local_addr().unwrap();
-        let stand_in = admit(file.into()).unwrap();
+        let mut strangers = 0;
+        let stand_in = admit(file.into(), &mut strangers).unwrap();
         assert!(fcntl(&stand_in, FcntlArg::F_GETPIPE_SZ).is_ok());
-        admit(tcp.into()).unwrap();
+        admit(tcp.into(), &mut strangers).unwrap();
+        assert_eq!(strangers, 2);
         let deadline = Instant::now() + Duration::from_secs(5);
         let open = || {
             let links = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
