@@ -454,7 +454,7 @@ fn memory_on_fuse() -> Result<()> {
     let fuse = match SilentFuse::mount() {
         Ok(fuse) => fuse,
         Err(why) => {
-            println!("skipped: {why:#}");
+            lab::skip("memory_on_fuse", &format!("{why:#}"));
             return Ok(());
         }
     };
@@ -496,7 +496,7 @@ fn fds_whose_owner_never_answers() -> Result<()> {
         let fuse = match SilentFuse::mount() {
             Ok(fuse) => fuse,
             Err(why) => {
-                println!("skipped: {why:#}");
+                lab::skip("fds_whose_owner_never_answers", &format!("{why:#}"));
                 return Ok(());
             }
         };
@@ -526,7 +526,7 @@ fn hundreds_of_fds_whose_owner_never_answers() -> Result<()> {
     let fuse = match SilentFuse::mount() {
         Ok(fuse) => fuse,
         Err(why) => {
-            println!("skipped: {why:#}");
+            lab::skip("hundreds_of_fds_whose_owner_never_answers", &format!("{why:#}"));
             return Ok(());
         }
     };

@@ -32,7 +32,11 @@ impl Arena {
 
     /// Two ports.
     pub fn with_queue_pairs(pairs: u16) -> Result<Self> {
-        let backend = Backend::with_null_ports(&[BAD, GOOD], pairs)?;
+        Self::over(Backend::with_null_ports(&[BAD, GOOD], pairs)?)
+    }
+
+    /// A back-end that was started by the test, with ports [`BAD`] and [`GOOD`].
+    pub fn over(backend: Backend) -> Result<Self> {
         let mut good = Front::up(&backend.socket(GOOD)).context("bring the good port up")?;
         good.prove_alive(64)?;
         // Once through everything, so that what is made on first use is there before anything is counted.
