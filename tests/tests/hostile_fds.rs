@@ -293,17 +293,10 @@ fn memory_that_cannot_be_written() -> Result<()> {
     fcntl(&careful, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW))?;
     let memory = Memory::of_file(careful, size);
     let mut front = Front::connect_with_memory(&arena.bad(), Setup::default(), memory)?;
-    bring_up(&mut front)?;
+    front.bring_up()?;
     front.prove_alive(64)?;
     drop(front);
     arena.check_all()
-}
-
-fn bring_up(front: &mut Front) -> Result<()> {
-    front.negotiate()?;
-    front.acknowledge_features()?;
-    front.share_memory()?;
-    front.start_rings()
 }
 
 /// SIGBUS for whoever touches it: that port fails, the process lives.
@@ -434,7 +427,7 @@ fn a_front_end_with_64_gib_of_memory() -> Result<()> {
         let abuse = (0..10).try_for_each(|_| {
             let memory = Memory::memfd(64 << 30)?;
             let mut front = Front::connect_with_memory(&bad, Setup::default(), memory)?;
-            bring_up(&mut front)?;
+            front.bring_up()?;
             front.prove_alive(64)?;
             anyhow::Ok(())
         });

@@ -136,6 +136,25 @@ impl Backend {
         line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).context("RssAnon's number")
     }
 
+    /// All resident memory, guest memory that was touched included, in KiB.
+    pub fn rss_kib(&self) -> Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        let line = status.lines().find(|l| l.starts_with("VmRSS:")).context("VmRSS")?;
+        line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).context("VmRSS's number")
+    }
+
+    /// How often its threads have gone to sleep, which is as often as they were woken.
+    pub fn wakeups(&self) -> Result<u64> {
+        let mut count = 0;
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            let status = std::fs::read_to_string(task?.path().join("status"))?;
+            let line =
+                status.lines().find(|l| l.starts_with("voluntary_ctxt_switches:")).context("switches")?;
+            count += line.split_whitespace().nth(1).context("number")?.parse::<u64>()?;
+        }
+        Ok(count)
+    }
+
     /// Waits until the number of fds is back at `count`.
     pub fn settle_at_fds(&self, count: usize) -> Result<()> {
         let settled = eventually(PATIENCE, || self.fds().is_ok_and(|n| n == count));
