@@ -2,9 +2,15 @@
 //!
 //! Where things live: see ARCHITECTURE in the README; each module's header says what is in it.
 
+pub mod capabilities;
+pub mod cli;
+pub mod config;
+pub mod daemon;
 pub mod memory;
 pub mod net;
+pub mod port;
 pub mod reactor;
 pub mod session;
 pub mod uplink;
 pub mod virtq;
+pub mod worker;

@@ -1,2 +1,25 @@
 //! Parse, build, run: nothing else.
-fn main() {}
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+use vhost_user_net::capabilities::capabilities_json;
+use vhost_user_net::cli::{self, Command};
+
+fn main() -> ExitCode {
+    match cli::parse() {
+        Ok(Command::PrintCapabilities) => cli::print_out(&capabilities_json()),
+        Ok(Command::CheckConfig(config)) => cli::print_out(&cli::summary(&config)),
+        Ok(Command::Run(config)) => {
+            cli::init_log(config.log.as_deref());
+            if let Err(error) = vhost_user_net::daemon::run(config) {
+                eprintln!("vhost-user-net: {error}");
+                return ExitCode::FAILURE;
+            }
+        }
+        Err(error) => {
+            error.print();
+            return ExitCode::from(error.exit_code());
+        }
+    }
+    ExitCode::SUCCESS
+}

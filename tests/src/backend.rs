@@ -80,8 +80,10 @@ impl Backend {
             command.args(config.arguments());
             command
         } else {
-            // DPDK refuses a socket that a killed predecessor left behind.
-            let _ = std::fs::remove_file(&config.socket);
+            if !config.client {
+                // DPDK refuses a socket that a killed predecessor left behind.
+                let _ = std::fs::remove_file(&config.socket);
+            }
             let tap = config.uplink.strip_prefix("tap:").unwrap_or("tap0");
             Testpmd::tap_backend_command(lab, &config.socket, tap, config.queue_pairs, config.client)
         };

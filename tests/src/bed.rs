@@ -51,6 +51,34 @@ impl Bed {
     }
 }
 
+/// A back-end on a tap of its own, and a QEMU on that: one side of a migration.
+#[derive(Debug)]
+pub struct Place {
+    /// The guest, or where it will be; it ends before its back-end.
+    pub qemu: Qemu,
+    /// The back-end.
+    pub backend: Backend,
+}
+
+impl Place {
+    /// Starts both. Unless the guest is to come by migration, waits until it has booted.
+    pub fn start(lab: &Lab, netns: &NetNs, tap: &str, change: impl FnOnce(&mut QemuConfig)) -> Result<Self> {
+        let socket = lab.path(&format!("{tap}.vhost"));
+        let backend = Backend::start(lab, netns, &BackendConfig::tap(&socket, tap))?;
+        let mut config = QemuConfig::new(&format!("on-{tap}"), &socket);
+        change(&mut config);
+        let qemu = if config.is_incoming { Qemu::start(lab, &config)? } else { Qemu::boot(lab, &config)? };
+        Ok(Self { qemu, backend })
+    }
+
+    /// Ends the QEMU, then the back-end, which must have survived everything and end cleanly.
+    pub fn stop(mut self) -> Result<()> {
+        self.backend.check_alive()?;
+        drop(self.qemu);
+        self.backend.stop_cleanly()
+    }
+}
+
 /// A bridge with the host's address, and one tap in it for each back-end of a migration.
 ///
 /// The bridge learns where the guest is from its frames, as a switch does: after a migration, traffic finds the

@@ -16,6 +16,7 @@
 //! | `virtio_user` | the same with DPDK's driver as the guest |
 //! | `wire` | numbered frames, put on a tap and captured from it |
 //! | `bed` | the usual arrangements of all these |
+//! | [`rawfront`] | a front-end that can do anything wrong, and a small driver that does it right |
 #![deny(missing_docs)]
 
 mod artefacts;
@@ -27,6 +28,7 @@ mod ping;
 mod process;
 mod qemu;
 mod qmp;
+pub mod rawfront;
 mod scenario;
 mod serial;
 mod sniff;
@@ -38,7 +40,7 @@ pub mod wire;
 
 pub use artefacts::{Artefacts, BACKEND, LAB_DIR, backend_binary, find_in_path, lab_dir};
 pub use backend::{Backend, BackendConfig, is_ours};
-pub use bed::{Bed, bridged, pull, push, there_and_back};
+pub use bed::{Bed, Place, bridged, pull, push, there_and_back};
 pub use migration::{Migration, MigrationReport};
 pub use netns::NetNs;
 pub use ping::{PingReport, Pinger, ping, ping_whole};

@@ -82,6 +82,14 @@ impl NetNs {
         words.next().and_then(|mtu| mtu.parse().ok()).with_context(|| format!("no MTU in: {text}"))
     }
 
+    /// Packets that an interface received and sent; for a tap, from the guest and to it.
+    pub fn packets(&self, interface: &str) -> Result<(u64, u64)> {
+        let json: serde_json::Value =
+            serde_json::from_str(&self.ip(&format!("-s -j link show dev {interface}"))?)?;
+        let count = |way: &str| json[0]["stats64"][way]["packets"].as_u64().context("no packet counters");
+        Ok((count("rx")?, count("tx")?))
+    }
+
     /// The number that the kernel gave an interface.
     pub fn index_of(&self, interface: &str) -> Result<usize> {
         self.run(|| Ok(nix::net::if_::if_nametoindex(interface)? as usize))

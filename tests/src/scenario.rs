@@ -20,6 +20,9 @@ pub const REQUIRE_ALL: &str = "VUN_REQUIRE_ALL";
 /// Environment variable: a file to which each skipped scenario appends `name: reason`.
 pub const SKIP_LIST: &str = "VUN_SKIP_LIST";
 
+/// Environment variable: set to anything, the folder with logs is kept when a scenario fails.
+const KEEP: &str = "VUN_KEEP";
+
 /// Lines of each log that are shown when a scenario fails.
 const TAIL_LINES: usize = 40;
 
@@ -62,6 +65,12 @@ impl Lab {
         self.path(&format!("{number:02}-{name}.log"))
     }
 
+    /// Leaves the folder where it is.
+    fn keep(&mut self) -> &Path {
+        self.dir.disable_cleanup(true);
+        self.dir.path()
+    }
+
     /// The ends of all logs, for a person who looks for the reason of a failure.
     pub fn tails(&self) -> String {
         let mut files: Vec<PathBuf> = fs::read_dir(self.dir())
@@ -92,10 +101,15 @@ pub fn scenario(name: &str, body: impl FnOnce(&Lab) -> Result<()>) {
         skip(name, &format!("{reason:#}"));
         return;
     }
-    let lab = Lab::open().unwrap_or_else(|error| panic!("{name}: {error:#}"));
+    let mut lab = Lab::open().unwrap_or_else(|error| panic!("{name}: {error:#}"));
     let outcome = catch_unwind(AssertUnwindSafe(|| body(&lab)));
     if !matches!(outcome, Ok(Ok(()))) {
         eprintln!("{}", lab.tails());
+        if std::env::var_os(KEEP).is_some() {
+            eprintln!("logs are kept in {}", lab.keep().display());
+        } else {
+            eprintln!("(set {KEEP}=1 to keep the whole logs)");
+        }
     }
     match outcome {
         Ok(Ok(())) => {}

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use lab::{
-    Amount, Backend, BackendConfig, GUEST_IP, GUEST_MAC, HOST_IP, Lab, Migration, NetNs, PATIENCE, Pinger,
-    Qemu, QemuConfig, Sniffer, Source, bridged, scenario, there_and_back,
+    Amount, GUEST_IP, GUEST_MAC, HOST_IP, Migration, PATIENCE, Pinger, Place, QemuConfig, Sniffer, Source,
+    bridged, scenario, there_and_back,
 };
 
 const TAPS: [&str; 3] = ["tap0", "tap1", "tap2"];
@@ -18,29 +18,6 @@ const STREAM_RATE: u64 = 1_000_000;
 const SLOW: u64 = 4 << 20;
 const FAST: u64 = 24 << 20;
 const RARP: [u8; 2] = [0x80, 0x35];
-
-/// A back-end and a QEMU in one place; the QEMU ends first.
-struct Place {
-    qemu: Qemu,
-    backend: Backend,
-}
-
-impl Place {
-    fn start(lab: &Lab, netns: &NetNs, tap: &str, change: impl FnOnce(&mut QemuConfig)) -> Result<Self> {
-        let socket = lab.path(&format!("{tap}.vhost"));
-        let backend = Backend::start(lab, netns, &BackendConfig::tap(&socket, tap))?;
-        let mut config = QemuConfig::new(&format!("on-{tap}"), &socket);
-        change(&mut config);
-        let qemu = if config.is_incoming { Qemu::start(lab, &config)? } else { Qemu::boot(lab, &config)? };
-        Ok(Self { qemu, backend })
-    }
-
-    fn stop(mut self) -> Result<()> {
-        self.backend.check_alive()?;
-        drop(self.qemu);
-        self.backend.stop_cleanly()
-    }
-}
 
 /// Twice in a row, while packets and the guest itself write to guest memory.
 #[test]

@@ -1,6 +1,195 @@
-//! stub
-#[derive(clap::Args)]
-pub struct Options {}
-pub fn run(_: &Options) -> anyhow::Result<()> {
+//! `cargo xtask demo`: shows on this machine, with real parts, what the program is for.
+#![forbid(unsafe_code)]
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use lab::{
+    Amount, GUEST_IP, HOST_IP, Lab, Migration, PATIENCE, PREFIX, Pinger, Place, Source, bridged, ping, pull,
+    push,
+};
+use serde_json::json;
+
+use crate::{cargo, privileged, setup};
+
+const TAPS: [&str; 2] = ["tap0", "tap1"];
+const PINGS: u64 = 20;
+const PING_INTERVAL: Duration = Duration::from_millis(20);
+const TRANSFER_BYTES: u64 = 50_000_000;
+/// MiB of random guest memory whose checksum is compared after the move.
+const FILLED_MIB: u64 = 32;
+/// Bytes per second of the stream that goes on during the move.
+const STREAM_RATE: u64 = 1_000_000;
+const LINK: u64 = 16 << 20;
+
+/// Arguments of `cargo xtask demo`.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// The parts are there and we are inside a namespace of our own
+    #[arg(long, hide = true)]
+    prepared: bool,
+}
+
+/// Runs the demonstration.
+pub fn run(options: &Options) -> Result<()> {
+    if !options.prepared {
+        setup::run()?;
+        println!("demo: building vhost-user-net");
+        let built = cargo().args(["build", "--quiet", "--package", "vhost-user-net"]).status()?;
+        ensure!(built.success(), "the back-end does not build");
+        if !nix::unistd::geteuid().is_root() {
+            let shown = privileged(&std::env::current_exe()?).args(["demo", "--prepared"]).status()?;
+            ensure!(shown.success(), "the demonstration failed");
+            return Ok(());
+        }
+    }
+    let lab = Lab::open()?;
+    show(&lab).inspect_err(|_| eprintln!("{}", lab.tails()))
+}
+
+/// Collects the report while it tells what it does.
+struct Story {
+    started: Instant,
+    lines: Vec<(String, String)>,
+}
+
+impl Story {
+    fn now(&self, what: &str) {
+        println!("demo: {:5.1} s  {what}", self.started.elapsed().as_secs_f32());
+    }
+
+    fn note(&mut self, what: &str, result: String) {
+        self.lines.push((what.to_owned(), result));
+    }
+}
+
+fn show(lab: &Lab) -> Result<()> {
+    let mut story = Story { started: Instant::now(), lines: Vec::new() };
+
+    story.now("making a bridge with two taps, in a network namespace of its own");
+    let netns = bridged(&TAPS)?;
+    story.now("starting vhost-user-net on tap0, and a Linux guest in QEMU on it");
+    let booting = Instant::now();
+    let mut source = Place::start(lab, &netns, TAPS[0], |_| {})?;
+    let boot = booting.elapsed();
+    let version = source.qemu.qmp.execute("query-version", json!({}))?;
+    let kernel = source.qemu.run("uname -r")?;
+    let number = |part: &str| version["qemu"][part].as_u64().unwrap_or_default();
+    story.note(
+        "guest",
+        format!(
+            "Linux {kernel} in QEMU {}.{}.{}, up after {:.1} s; {GUEST_IP}, the host is {HOST_IP}/{PREFIX}",
+            number("major"),
+            number("minor"),
+            number("micro"),
+            boot.as_secs_f32()
+        ),
+    );
+
+    story.now("pinging the guest");
+    let pings = ping(&netns, GUEST_IP, PINGS, PATIENCE)?;
+    story.note(
+        "ping",
+        format!(
+            "{} of {} answered, {:.1} ms on average",
+            pings.answered,
+            pings.sent,
+            milliseconds(pings.mean_rtt)
+        ),
+    );
+
+    story.now("sending data from the host to the guest");
+    let timer = Instant::now();
+    let data = pull(&netns, &mut source.qemu, TRANSFER_BYTES, "/tmp/data")?;
+    story.note("host to guest", speed(data.bytes, timer.elapsed(), &data.md5));
+    story.now("sending it back");
+    let timer = Instant::now();
+    push(&netns, &mut source.qemu, "/tmp/data", &data)?;
+    story.note("guest to host", speed(data.bytes, timer.elapsed(), &data.md5));
+
+    story.now("filling guest memory with random data, starting a stream into the guest");
+    let fill =
+        format!("rm /tmp/data; dd if=/dev/urandom of=/tmp/filled bs=1M count={FILLED_MIB} 2>/dev/null");
+    source.qemu.run(&format!("{fill}; md5sum </tmp/filled >/tmp/filled.md5"))?;
+    let filled = source.qemu.run("cat /tmp/filled.md5")?;
+    let stream = Source::start(&netns, 11, Amount::UntilStopped(STREAM_RATE))?;
+    let port = stream.port();
+    source.qemu.run(&format!(
+        "(nc {HOST_IP} {port} </dev/null | md5sum >/tmp/stream; touch /tmp/done) >/dev/null &"
+    ))?;
+
+    story.now("starting a second vhost-user-net on tap1, and an empty QEMU on it");
+    let mut destination = Place::start(lab, &netns, TAPS[1], |config| config.is_incoming = true)?;
+    story.now("migrating the running guest there, pinging it all the while");
+    let pinger = Pinger::start(&netns, GUEST_IP, PING_INTERVAL)?;
+    pinger.wait_answers(5, PATIENCE)?;
+    let migration = Migration { bandwidth: LINK, ..Migration::default() };
+    let moved = migration.run(lab, &mut source.qemu, &mut destination.qemu)?;
+    pinger.wait_answers(20, PATIENCE).context("the guest does not answer in its new place")?;
+    let pings = pinger.stop()?;
+    story.note(
+        "migration",
+        format!(
+            "{:.1} s in all, the guest stood still for {} ms; {} MB sent, {} looks at the dirty log",
+            moved.total_ms as f64 / 1e3,
+            moved.downtime_ms,
+            moved.transferred / 1_000_000,
+            moved.dirty_syncs
+        ),
+    );
+    story.note(
+        "ping meanwhile",
+        format!(
+            "{} of {} answered, {} changed, longest silence {:.0} ms",
+            pings.answered,
+            pings.sent,
+            pings.corrupted,
+            milliseconds(pings.longest_gap)
+        ),
+    );
+    ensure!(pings.corrupted == 0, "pings came back changed");
+
+    story.now("ending the first QEMU and its back-end");
+    let (rx, tx) = netns.packets(TAPS[0])?;
+    story.note("tap0", format!("{rx} frames from the guest, {tx} to it"));
+    source.stop()?;
+
+    story.now("comparing checksums in the new place");
+    let seen = destination.qemu.run("md5sum </tmp/filled")?;
+    ensure!(seen == filled, "guest memory changed in the migration: {filled} became {seen}");
+    story.note("guest memory", format!("{FILLED_MIB} MiB unchanged by the migration"));
+    stream.stop();
+    let sent = stream.finish()?;
+    let seen = destination.qemu.run("while [ ! -e /tmp/done ]; do usleep 50000; done; cat /tmp/stream")?;
+    ensure!(seen.contains(&sent.md5), "the stream: sent {sent:?}, the guest has {seen}");
+    story.note(
+        "stream meanwhile",
+        format!("{:.1} MB over one TCP connection, md5 {} on both sides", mega(sent.bytes), sent.md5),
+    );
+    let (rx, tx) = netns.packets(TAPS[1])?;
+    story.note("tap1", format!("{rx} frames from the guest, {tx} to it"));
+
+    story.now("cleaning up");
+    destination.stop()?;
+    drop(netns);
+
+    println!("\nWhat happened");
+    for (what, result) in &story.lines {
+        println!("  {what:<17} {result}");
+    }
+    println!("\ndemo: done after {:.0} s", story.started.elapsed().as_secs_f32());
     Ok(())
+}
+
+fn speed(bytes: u64, time: Duration, md5: &str) -> String {
+    let rate = mega(bytes) / time.as_secs_f64();
+    format!("{:.0} MB in {:.1} s ({rate:.1} MB/s), md5 {md5} on both sides", mega(bytes), time.as_secs_f32())
+}
+
+fn mega(bytes: u64) -> f64 {
+    bytes as f64 / 1e6
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
 }

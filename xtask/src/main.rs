@@ -4,13 +4,14 @@
 //! tests (guests, back-ends, namespaces) is the `lab` crate in `tests/`.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod demo;
 mod fuzz;
 mod setup;
 mod suite;
 
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use clap::{Parser, Subcommand};
 
@@ -31,6 +32,8 @@ enum Task {
     Demo(demo::Options),
     /// Run the fuzz targets
     Fuzz(fuzz::Options),
+    /// Measure against DPDK and bare system calls, in one run
+    Bench(bench::Options),
 }
 
 fn main() -> ExitCode {
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
         Task::Test(options) => suite::run(&options),
         Task::Demo(options) => demo::run(&options).map(|()| true),
         Task::Fuzz(options) => fuzz::run(&options),
+        Task::Bench(options) => bench::run(&options),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,
@@ -60,9 +64,20 @@ fn target_dir() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
 }
 
+/// A command inside a user namespace of its own, where it may make network namespaces and taps; for root, the
+/// plain command.
+fn privileged(program: &Path) -> Command {
+    if nix::unistd::geteuid().is_root() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("unshare");
+    command.arg("-Urnm").arg(program);
+    command
+}
+
 /// The cargo that runs us.
-fn cargo() -> std::process::Command {
-    let mut command = std::process::Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
+fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
     command.current_dir(workspace());
     command
 }

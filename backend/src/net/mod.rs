@@ -1,1 +1,10 @@
-//! net (skeleton).
+//! The network half of the device: features, headers, and the receive and transmit paths of a queue pair.
+//!
+//! Not here: how rings work (`virtq`), where frames go (`uplink`), what the front-end says (`session`).
+
+pub mod counters;
+pub mod features;
+pub mod header;
+pub mod rarp;
+pub mod rx;
+pub mod tx;

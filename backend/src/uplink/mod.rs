@@ -1,1 +1,110 @@
-//! uplink (skeleton).
+//! Uplinks: where a port's packets go.
+//!
+//! Lives here: the two small traits between a port and its uplink, and the engines (`tap`, `null`; xdp and
+//! peer have issues of their own). Not here: virtqueues and headers (`virtq`, `net`).
+//!
+//! An [`Uplink`] is the device as a whole: probed once, configured from the control helper thread, since its
+//! calls may sleep. Its [`UplinkQueue`]s, one a queue pair, move to the workers that serve the pairs and
+//! never sleep.
+
+pub mod null;
+pub mod tap;
+
+use crate::memory::IoVec;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// What an uplink was probed to do.
+#[derive(Clone, Copy, Debug)]
+pub struct Capabilities {
+    /// The virtio-net offload features (`VIRTIO_NET_F_*` bit mask) that the uplink can honour.
+    pub offloads: u64,
+    /// Largest layer-3 packet, bytes.
+    pub mtu: u16,
+}
+
+/// How frames look on an uplink: what the driver has acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameFormat {
+    /// Bytes of virtio-net header before each frame: 10 or 12 (VIRTIO 1.3 §5.1.6).
+    pub header_len: usize,
+    /// Acknowledged virtio features.
+    pub features: u64,
+}
+
+/// Why a frame was not sent.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    /// No room now: try again when the uplink is writable.
+    #[error("the uplink is full")]
+    Full,
+    /// This frame cannot be sent (the kernel found its header or length bad).
+    #[error("the uplink refused the frame: {0}")]
+    Rejected(io::Error),
+    /// The interface is down or gone: nothing can be sent now.
+    #[error("the uplink is down: {0}")]
+    Down(io::Error),
+    /// Guest memory behind the frame is gone (its file was truncated).
+    #[error("guest memory cannot be read")]
+    MemoryFault,
+}
+
+/// Why nothing was received.
+#[derive(Debug, thiserror::Error)]
+pub enum ReceiveError {
+    /// No frame waits.
+    #[error("no frame waits")]
+    Empty,
+    /// The interface is down or gone.
+    #[error("the uplink is down: {0}")]
+    Down(io::Error),
+    /// Guest memory behind the buffers is gone (its file was truncated). A frame is lost.
+    #[error("guest memory cannot be written")]
+    MemoryFault,
+}
+
+/// An uplink as a whole. All calls but `capabilities`, `describe` and `announce` may sleep.
+pub trait Uplink: Send + Sync {
+    /// The uplink in the operator's words, e.g. `tap:vm1`.
+    fn describe(&self) -> &str;
+    /// What it was probed to do.
+    fn capabilities(&self) -> Capabilities;
+    /// Sets header length and offloads for all queues.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    fn configure(&self, format: FrameFormat) -> io::Result<()>;
+    /// Sets the largest layer-3 packet.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    fn set_mtu(&self, mtu: u16) -> io::Result<()>;
+    /// Lets a queue take part in the uplink's receive steering, or takes it out.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    fn set_queue_active(&self, queue: u16, active: bool) -> io::Result<()>;
+    /// Sends one plain Ethernet frame, without header; never sleeps. Used for announcements (RARP).
+    ///
+    /// # Errors
+    /// What the kernel says.
+    fn announce(&self, frame: &[u8]) -> io::Result<()>;
+}
+
+/// One queue of an uplink, owned by the worker that serves its queue pair. Nothing here sleeps.
+pub trait UplinkQueue: Send {
+    /// The descriptor that turns readable when a frame waits, if there is one.
+    fn readable(&self) -> Option<&Arc<OwnedFd>>;
+    /// Sends one frame: virtio-net header (our own copy), then the Ethernet frame.
+    ///
+    /// # Errors
+    /// See [`SendError`]; after `Full` the same frame may be offered again.
+    fn send(&mut self, frame: &[IoVec<'_>]) -> Result<(), SendError>;
+    /// Receives one frame, header first, into the buffers in their order. Returns its length in bytes, header
+    /// included; a frame longer than the buffers is cut off.
+    ///
+    /// # Errors
+    /// See [`ReceiveError`].
+    fn receive(&mut self, buffers: &[IoVec<'_>]) -> Result<usize, ReceiveError>;
+}

@@ -1,1 +1,15 @@
-//! virtq (skeleton).
+//! Split virtqueues (VIRTIO 1.3 §2.7) as pure state machines over `memory::ring`: indices, descriptor chains,
+//! notification suppression both ways. No fd and no thread in here: who was kicked, and who makes a call, is
+//! decided by the owner. Buffers are guest-physical segments; `memory` turns them into something usable.
+//!
+//! Chains are completed in ring order. vhost-user has one base index per ring, which cannot describe holes.
+#![forbid(unsafe_code)]
+
+mod chain;
+mod split;
+#[cfg(test)]
+mod tests;
+
+pub use crate::memory::ring::RingError;
+pub use chain::{Chain, ChainError, MAX_CHAIN, Segment};
+pub use split::{PopError, QueueConfig, QueueError, SplitQueue};

@@ -64,6 +64,17 @@ pub fn run() -> Result<Artefacts> {
     Ok(artefacts)
 }
 
+/// Makes sure of a C++ compiler, which libFuzzer is built with.
+pub fn ensure_cxx() -> Result<()> {
+    let is_there = ["c++", "g++", "clang++"].iter().any(|program| lab::find_in_path(program).is_some());
+    if is_there || std::env::var_os("CXX").is_some() {
+        return Ok(());
+    }
+    let apt =
+        Apt::new(&crate::target_dir().join("lab")).context("the fuzzers need a C++ compiler; install g++")?;
+    apt.install(&["g++"])
+}
+
 fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     println!("setup: {what} ...");
     let started = Instant::now();

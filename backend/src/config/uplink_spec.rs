@@ -1,0 +1,114 @@
+//! The text form of an uplink: `tap:NAME[,up]`, `tap-fd:N[:N…]`, `null`.
+//!
+//! Here: syntax only. Opening what it names is the work of `uplink/`.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::os::fd::RawFd;
+use std::str::FromStr;
+
+/// Length of an interface's name at most, in bytes (`IFNAMSIZ` without its final zero).
+pub const MAX_IFNAME_LEN: usize = 15;
+
+/// Where a port's packets go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum UplinkSpec {
+    /// A tap interface, opened by name, and created if it does not exist.
+    Tap {
+        /// The interface.
+        name: String,
+        /// Bring its link up.
+        up: bool,
+    },
+    /// Tap fds that were opened by someone else and inherited, one per queue pair.
+    TapFds(Vec<RawFd>),
+    /// Counts and drops what the guest sends, and sends nothing.
+    Null,
+}
+
+/// What is wrong with an uplink's text.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum UplinkProblem {
+    /// Not a kind that exists.
+    #[error("uplink '{0}' is unknown, use tap:NAME, tap-fd:N or null")]
+    Kind(String),
+    /// Not a name that the kernel takes.
+    #[error(
+        "tap name '{0}' is not usable, take 1 to {MAX_IFNAME_LEN} characters without blank, '/', ':', '%' or ','"
+    )]
+    TapName(String),
+    /// An unknown option after the tap's name.
+    #[error("tap option '{0}' is unknown, the only one is: up (bring the link up)")]
+    TapOption(String),
+    /// Not a list of fd numbers.
+    #[error("tap-fd '{0}' is not a list of fd numbers, write tap-fd:3 or, one per queue pair, tap-fd:3:4:5")]
+    TapFd(String),
+    /// The same fd twice.
+    #[error("tap-fd has fd {0} twice, give each queue pair its own")]
+    TapFdTwice(RawFd),
+    /// Text after `null`.
+    #[error("uplink null takes no options, drop '{0}'")]
+    NullOption(String),
+}
+
+impl FromStr for UplinkSpec {
+    type Err = UplinkProblem;
+
+    fn from_str(text: &str) -> Result<Self, UplinkProblem> {
+        let end = text.find([':', ',']).unwrap_or(text.len());
+        let (kind, rest) = text.split_at(end);
+        match kind {
+            "tap" => tap(rest.strip_prefix(':').unwrap_or("")),
+            "tap-fd" => tap_fds(rest.strip_prefix(':').unwrap_or(rest)),
+            "null" if rest.is_empty() => Ok(Self::Null),
+            "null" => Err(UplinkProblem::NullOption(rest.to_owned())),
+            _ => Err(UplinkProblem::Kind(text.to_owned())),
+        }
+    }
+}
+
+fn tap(text: &str) -> Result<UplinkSpec, UplinkProblem> {
+    let mut parts = text.split(',');
+    let name = parts.next().unwrap_or("");
+    // The kernel's own rule (dev_valid_name), and '%', which would let it number the interface.
+    let bad = |c: char| c.is_whitespace() || "/:%".contains(c);
+    if name.is_empty() || name.len() > MAX_IFNAME_LEN || name == "." || name == ".." || name.contains(bad) {
+        return Err(UplinkProblem::TapName(name.to_owned()));
+    }
+    let mut up = false;
+    for option in parts {
+        match option {
+            "up" => up = true,
+            _ => return Err(UplinkProblem::TapOption(option.to_owned())),
+        }
+    }
+    Ok(UplinkSpec::Tap { name: name.to_owned(), up })
+}
+
+fn tap_fds(text: &str) -> Result<UplinkSpec, UplinkProblem> {
+    let mut fds = Vec::new();
+    for part in text.split(':') {
+        let fd: RawFd = part.parse().map_err(|_| UplinkProblem::TapFd(text.to_owned()))?;
+        if fd < 0 {
+            return Err(UplinkProblem::TapFd(text.to_owned()));
+        }
+        if fds.contains(&fd) {
+            return Err(UplinkProblem::TapFdTwice(fd));
+        }
+        fds.push(fd);
+    }
+    Ok(UplinkSpec::TapFds(fds))
+}
+
+impl fmt::Display for UplinkSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tap { name, up } => write!(f, "tap:{name}{}", if *up { ",up" } else { "" }),
+            Self::TapFds(fds) => {
+                write!(f, "tap-fd")?;
+                fds.iter().try_for_each(|fd| write!(f, ":{fd}"))
+            }
+            Self::Null => write!(f, "null"),
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! The process: opens what the configuration names, starts the workers, runs the first worker's loop.
+//!
+//! Everything that can fail for a reason that an operator can mend fails here, before the loop, with a sentence
+//! that says what to do. In the loop only peers fail.
+#![forbid(unsafe_code)]
+
+use crate::config::{Config, PortConfig, UplinkSpec};
+use crate::net::counters::PairCounters;
+use crate::port::Port;
+use crate::port::connection::{Endpoint, EndpointError};
+use crate::port::control::{Control, ControlToken};
+use crate::port::helper::Helper;
+use crate::reactor::{Done, Mailbox, Reactor, SetupError};
+use crate::uplink::null::{Null, NullQueue};
+use crate::uplink::tap::{Tap, TapError};
+use crate::uplink::{Uplink, UplinkQueue};
+use crate::worker::datapath::Datapath;
+use crate::worker::thread::{SpawnError, Worker, spawn};
+use crate::worker::{Attachment, PairKey, PairToken, ToControl, ToWorker};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// Why the process cannot start or had to end. The text is what the operator reads.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// No io_uring.
+    #[error(transparent)]
+    Ring(#[from] SetupError),
+    /// A worker did not start.
+    #[error(transparent)]
+    Worker(#[from] SpawnError),
+    /// A port's control socket.
+    #[error("port {0}: {1}")]
+    Endpoint(String, EndpointError),
+    /// A port's tap.
+    #[error("port {0}: {1}")]
+    Tap(String, TapError),
+    /// A port's interface cannot be set up.
+    #[error("port {0}: {1}: {2}: {3}; run with CAP_NET_ADMIN or set it up beforehand")]
+    Interface(String, String, &'static str, io::Error),
+    /// A system call that does not fail on a healthy machine.
+    #[error("{0}: {1}")]
+    System(&'static str, io::Error),
+}
+
+/// What a reactor operation of the first worker is for.
+#[derive(Clone, Copy, Debug)]
+enum Token {
+    Pair(PairToken),
+    Control(ControlToken),
+}
+
+impl From<PairToken> for Token {
+    fn from(token: PairToken) -> Self {
+        Self::Pair(token)
+    }
+}
+
+impl From<ControlToken> for Token {
+    fn from(token: ControlToken) -> Self {
+        Self::Control(token)
+    }
+}
+
+/// A port's uplink and its queues.
+type OpenUplink = (Arc<dyn Uplink>, Vec<Box<dyn UplinkQueue>>);
+
+fn open_uplink(port: &PortConfig) -> Result<OpenUplink, DaemonError> {
+    let tap = match &port.uplink {
+        UplinkSpec::Null => {
+            let queues = (0..port.queue_pairs).map(|_| Box::new(NullQueue) as Box<dyn UplinkQueue>).collect();
+            return Ok((Arc::new(Null), queues));
+        }
+        UplinkSpec::Tap { name, .. } => Tap::open(name, port.queue_pairs, port.mtu),
+        UplinkSpec::TapFds(fds) => Tap::inherit(fds, port.mtu),
+    };
+    let tap = tap.map_err(|error| DaemonError::Tap(port.name.clone(), error))?;
+    if matches!(port.uplink, UplinkSpec::Tap { up: true, .. }) {
+        tap.bring_up().map_err(|error| {
+            DaemonError::Interface(port.name.clone(), tap.describe().into(), "bringing the link up", error)
+        })?;
+    }
+    let queues = tap.queues().into_iter().map(|queue| Box::new(queue) as Box<dyn UplinkQueue>).collect();
+    Ok((Arc::new(tap), queues))
+}
+
+/// Signals that end the process or make it report; blocked in all threads and read by the loop.
+fn open_signals() -> io::Result<Arc<OwnedFd>> {
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1] {
+        signals.add(signal);
+    }
+    signals.thread_block()?;
+    let signalfd = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC)?;
+    Ok(Arc::new(signalfd.into()))
+}
+
+/// Many ports need many descriptors: take what the hard limit allows.
+fn raise_descriptor_limit() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+/// Serves the configured ports until SIGTERM or SIGINT, or until the last inherited connection has ended.
+///
+/// # Errors
+/// See [`DaemonError`].
+pub fn run(config: Config) -> Result<(), DaemonError> {
+    raise_descriptor_limit();
+    let signals = open_signals().map_err(|error| DaemonError::System("signalfd", error))?;
+    let mut reactor: Reactor<Token> = Reactor::new()?;
+    let mailbox: Mailbox<ToControl> = Mailbox::new(reactor.ring_fd());
+    let mut datapath = Datapath::default();
+    let mut ports = Vec::new();
+    let mut attachments = Vec::new();
+    for (id, port) in config.ports.into_iter().enumerate() {
+        let id = id as u16;
+        let (uplink, queues) = open_uplink(&port)?;
+        let endpoint = Endpoint::open(&port.endpoint)
+            .map_err(|error| DaemonError::Endpoint(port.name.clone(), error))?;
+        let counters: Vec<_> = queues.iter().map(|_| Arc::new(PairCounters::default())).collect();
+        for ((pair, uplink), counters) in (0..).zip(queues).zip(&counters) {
+            let key = PairKey { port: id, pair };
+            attachments.push(Attachment { key, uplink, counters: counters.clone() });
+        }
+        tracing::info!(port = port.name, "{}, uplink {}", port.endpoint, uplink.describe());
+        ports.push(Port::new(id, port, uplink, counters, endpoint));
+    }
+    let mut workers = Vec::new();
+    for index in 1..config.workers {
+        workers.push(spawn(index, mailbox.postbox())?);
+    }
+    for attachment in attachments {
+        match worker_of(&workers, attachment.key) {
+            None => datapath.attach(attachment),
+            Some(worker) => worker.postbox.send(&mut reactor, ToWorker::Attach(attachment)),
+        }
+    }
+    let helper = Helper::start().map_err(|error| DaemonError::System("control helper thread", error))?;
+    let mut control = Control::new(ports, helper);
+    control.start(&mut reactor);
+    tracing::info!("listening for front-ends");
+    let served = serve(&mut reactor, &mailbox, &mut datapath, &mut control, &workers, &signals);
+    control.log_counters();
+    for worker in &workers {
+        worker.postbox.send(&mut reactor, ToWorker::Stop);
+    }
+    let _ = reactor.turn(false, &mut Vec::new(), &mut false);
+    workers.into_iter().for_each(Worker::join);
+    served.map_err(|error| DaemonError::System("io_uring_enter", error))
+}
+
+/// Which worker serves a pair: `None` is the first, the main thread.
+fn worker_of(workers: &[Worker], key: PairKey) -> Option<&Worker> {
+    let turn = usize::from(key.port) + usize::from(key.pair);
+    (turn % (workers.len() + 1)).checked_sub(1).and_then(|index| workers.get(index))
+}
+
+fn serve(
+    reactor: &mut Reactor<Token>,
+    mailbox: &Mailbox<ToControl>,
+    datapath: &mut Datapath,
+    control: &mut Control,
+    workers: &[Worker],
+    signals: &Arc<OwnedFd>,
+) -> io::Result<()> {
+    reactor.read_signal(signals, ControlToken::Signal.into());
+    let mut done = Vec::new();
+    let mut busy = false;
+    loop {
+        let mut mail = false;
+        reactor.turn(!busy, &mut done, &mut mail)?;
+        if mail {
+            for message in mailbox.drain() {
+                control.message(reactor, message);
+            }
+        }
+        for (token, done) in done.drain(..) {
+            match token {
+                Token::Pair(token) => datapath.completion(reactor, token, &done),
+                Token::Control(ControlToken::Signal) => {
+                    let Done::Signal(Ok(signal)) = done else { continue };
+                    if signal.ssi_signo != Signal::SIGUSR1 as u32 {
+                        tracing::info!("ending");
+                        return Ok(());
+                    }
+                    control.log_counters();
+                    reactor.read_signal(signals, ControlToken::Signal.into());
+                }
+                Token::Control(token) => control.completion(reactor, token, done),
+            }
+        }
+        busy = datapath.round(reactor);
+        busy |= exchange(reactor, datapath, control, workers);
+        if control.ended() {
+            return Ok(());
+        }
+    }
+}
+
+/// Carries commands and answers between control and the pairs until both are silent. True if pairs may have got
+/// work by it.
+fn exchange(
+    reactor: &mut Reactor<Token>,
+    datapath: &mut Datapath,
+    control: &mut Control,
+    workers: &[Worker],
+) -> bool {
+    let mut any = false;
+    loop {
+        let commands = std::mem::take(control.commands());
+        let messages = std::mem::take(datapath.outbox());
+        if commands.is_empty() && messages.is_empty() {
+            return any;
+        }
+        any = true;
+        for (key, command) in commands {
+            match worker_of(workers, key) {
+                None => datapath.command(reactor, key, command),
+                Some(worker) => worker.postbox.send(reactor, ToWorker::Pair(key, command)),
+            }
+        }
+        for message in messages {
+            control.message(reactor, message);
+        }
+    }
+}

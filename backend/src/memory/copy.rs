@@ -1,0 +1,117 @@
+//! Copies between our memory and a guest's, by volatile loads and stores: the compiler may neither repeat a load
+//! (a double fetch of something the guest changes) nor assume that what was stored stays.
+//! Wide accesses of unaligned memory go through packed wrappers, which compile to single plain moves.
+
+use std::ptr::{read_volatile, write_volatile};
+
+#[derive(Clone, Copy)]
+#[repr(C, packed)]
+struct Word(u64);
+
+#[derive(Clone, Copy)]
+#[repr(C, packed)]
+struct Half(u32);
+
+const WORD: usize = size_of::<Word>();
+const HALF: usize = size_of::<Half>();
+
+/// Copies `dst.len()` bytes out of guest memory.
+///
+/// # Safety
+/// `src` must be valid for reads of `dst.len()` bytes inside a live guest mapping.
+#[inline]
+pub(super) unsafe fn from_guest(src: *const u8, dst: &mut [u8]) {
+    let mut done = 0;
+    while dst.len() - done >= WORD {
+        // SAFETY: `done + WORD <= dst.len()`, within what the caller vouches for; Word has alignment 1.
+        let word = unsafe { read_volatile(src.add(done).cast::<Word>()) };
+        dst[done..done + WORD].copy_from_slice(&{ word.0 }.to_ne_bytes());
+        done += WORD;
+    }
+    if dst.len() - done >= HALF {
+        // SAFETY: as above with HALF.
+        let half = unsafe { read_volatile(src.add(done).cast::<Half>()) };
+        dst[done..done + HALF].copy_from_slice(&{ half.0 }.to_ne_bytes());
+        done += HALF;
+    }
+    while done < dst.len() {
+        // SAFETY: `done < dst.len()`.
+        dst[done] = unsafe { read_volatile(src.add(done)) };
+        done += 1;
+    }
+}
+
+/// Copies `src` into guest memory.
+///
+/// # Safety
+/// `dst` must be valid for writes of `src.len()` bytes inside a live guest mapping.
+#[inline]
+pub(super) unsafe fn to_guest(dst: *mut u8, src: &[u8]) {
+    let mut chunks = src.chunks_exact(WORD);
+    let mut done = 0;
+    for chunk in &mut chunks {
+        let word = Word(u64::from_ne_bytes(chunk.try_into().expect("chunks_exact gives whole words")));
+        // SAFETY: `done + WORD <= src.len()`, within what the caller vouches for; Word has alignment 1.
+        unsafe { write_volatile(dst.add(done).cast::<Word>(), word) };
+        done += WORD;
+    }
+    for byte in chunks.remainder() {
+        // SAFETY: `done < src.len()`.
+        unsafe { write_volatile(dst.add(done), *byte) };
+        done += 1;
+    }
+}
+
+/// One 16-byte descriptor as two little-endian words, each loaded once.
+///
+/// # Safety
+/// `src` must be valid for reads of 16 bytes inside a live guest mapping.
+#[inline(always)]
+pub(super) unsafe fn load_two_words(src: *const u8) -> (u64, u64) {
+    // SAFETY: 16 readable bytes; Word has alignment 1.
+    let (low, high) =
+        unsafe { (read_volatile(src.cast::<Word>()), read_volatile(src.add(WORD).cast::<Word>())) };
+    (u64::from_le(low.0), u64::from_le(high.0))
+}
+
+/// Stores one little-endian word.
+///
+/// # Safety
+/// `dst` must be valid for writes of 8 bytes inside a live guest mapping.
+#[inline(always)]
+pub(super) unsafe fn store_word(dst: *mut u8, value: u64) {
+    // SAFETY: 8 writable bytes; Word has alignment 1.
+    unsafe { write_volatile(dst.cast::<Word>(), Word(value.to_le())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_length_and_alignment_survives_a_round_trip() {
+        let data: Vec<u8> = (0..64).map(|i| i as u8 ^ 0x5a).collect();
+        for align in 0..9 {
+            for len in 0..40 {
+                let mut far = [0u8; 64];
+                let mut back = vec![0u8; len];
+                // SAFETY: `far` is larger than align + len.
+                unsafe {
+                    to_guest(far.as_mut_ptr().add(align), &data[..len]);
+                    from_guest(far.as_ptr().add(align), &mut back);
+                }
+                assert_eq!(back, &data[..len]);
+                assert!(far[..align].iter().chain(&far[align + len..]).all(|b| *b == 0));
+            }
+        }
+    }
+
+    #[test]
+    fn words_are_little_endian() {
+        let bytes: [u8; 16] = std::array::from_fn(|i| i as u8);
+        // SAFETY: 16 bytes.
+        let (low, high) = unsafe { load_two_words(bytes.as_ptr()) };
+        assert_eq!(low, 0x0706_0504_0302_0100);
+        assert_eq!(high, 0x0f0e_0d0c_0b0a_0908);
+    }
+}

@@ -1,0 +1,144 @@
+//! Lists of buffers for the kernel: pieces of guest memory, and of our own. Only the kernel follows them;
+//! what it writes into guest memory is reported with [`super::GuestMemory::mark_written`] afterwards.
+
+use std::marker::PhantomData;
+
+use arrayvec::ArrayVec;
+
+/// Entries one readv/writev takes (UIO_MAXIOV).
+pub const MAX_IOVECS: usize = 1024;
+
+/// Entries of an [`IoVecs`]: a frame of the longest kind, and one more being put together.
+pub const IOVECS_CAPACITY: usize = 2 * MAX_IOVECS;
+
+/// One buffer, laid out like `struct iovec`. Valid for `'m`.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+pub struct IoVec<'m> {
+    raw: libc::iovec,
+    memory: PhantomData<&'m ()>,
+}
+
+// SAFETY: an IoVec is an address for the kernel; nothing can be read through it here.
+unsafe impl Send for IoVec<'_> {}
+
+impl IoVec<'_> {
+    /// `len` bytes at `base`. The caller (in `memory`) vouches that they stay mapped for the lifetime it picks.
+    #[inline]
+    pub(super) fn new(base: *mut u8, len: usize) -> Self {
+        Self { raw: libc::iovec { iov_base: base.cast(), iov_len: len }, memory: PhantomData }
+    }
+
+    /// Bytes.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.raw.iov_len
+    }
+
+    /// True for a buffer of no bytes; guest memory never makes one.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.raw.iov_len == 0
+    }
+
+    /// The list as the system calls take it. It may be followed by the kernel only.
+    #[inline]
+    pub fn as_raw(list: &[Self]) -> *const libc::iovec {
+        // `repr(transparent)` makes the layouts equal.
+        list.as_ptr().cast()
+    }
+}
+
+impl std::fmt::Debug for IoVec<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "IoVec({} bytes)", self.len())
+    }
+}
+
+/// A list of buffers in fixed, uninitialised storage (32 KiB: keep one per burst, not one per packet).
+#[derive(Default)]
+pub struct IoVecs<'m> {
+    list: ArrayVec<IoVec<'m>, IOVECS_CAPACITY>,
+    read_only: bool,
+}
+
+impl<'m> IoVecs<'m> {
+    /// An empty list.
+    #[inline]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Entries.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// True without entries.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// Entries that still fit.
+    #[inline]
+    pub fn room(&self) -> usize {
+        self.list.remaining_capacity()
+    }
+
+    /// Drops the entries from `len` on.
+    #[inline]
+    pub fn truncate(&mut self, len: usize) {
+        self.list.truncate(len);
+    }
+
+    /// Drops all entries.
+    #[inline]
+    pub fn clear(&mut self) {
+        self.list.clear();
+        self.read_only = false;
+    }
+
+    /// The entries.
+    #[inline]
+    pub fn as_slice(&self) -> &[IoVec<'m>] {
+        &self.list
+    }
+
+    /// The entries for a system call that writes to them; None if one of them may only be read.
+    #[inline]
+    pub fn as_writable(&mut self) -> Option<&[IoVec<'m>]> {
+        (!self.read_only).then_some(self.list.as_slice())
+    }
+
+    /// Bytes of all entries.
+    #[inline]
+    pub fn total_len(&self) -> u64 {
+        self.list.iter().map(|entry| entry.len() as u64).sum()
+    }
+
+    /// Appends bytes of our own to be read. False when full.
+    #[inline]
+    pub fn push_own(&mut self, bytes: &'m [u8]) -> bool {
+        self.read_only = true;
+        self.push(IoVec::new(bytes.as_ptr().cast_mut(), bytes.len()))
+    }
+
+    /// Appends bytes of our own to be read or written. False when full.
+    #[inline]
+    pub fn push_own_mut(&mut self, bytes: &'m mut [u8]) -> bool {
+        self.push(IoVec::new(bytes.as_mut_ptr(), bytes.len()))
+    }
+
+    #[inline]
+    pub(super) fn push(&mut self, entry: IoVec<'m>) -> bool {
+        self.list.try_push(entry).is_ok()
+    }
+}
+
+impl std::fmt::Debug for IoVecs<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(&self.list).finish()
+    }
+}

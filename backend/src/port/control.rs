@@ -1,0 +1,384 @@
+//! Control: all ports of the process, on the first worker's loop.
+//!
+//! It turns completions into session input, effects into plans, plans into jobs and commands, and answers back
+//! into session outcomes. It never waits: whatever is not ready comes back as a completion or a message.
+#![forbid(unsafe_code)]
+
+use super::Port;
+use super::connection::{Connection, Endpoint, client_socket};
+use super::helper::{Helper, Job, JobDone};
+use super::plan::{Purpose, Step as PlanStep};
+use crate::reactor::message::UnixAddress;
+use crate::reactor::{Done, Reactor};
+use crate::session::{Outcome, Step};
+use crate::worker::{Command, Event, PairKey, Reply, ToControl};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The pause after a listener failed to accept (no descriptors left, mostly).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+
+/// What a reactor operation of control is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ControlToken {
+    /// The signalfd.
+    Signal,
+    /// The helper's bell.
+    Helper,
+    /// An operation of a port; `epoch` tells earlier connections apart.
+    Port {
+        /// Which port.
+        port: u16,
+        /// Which connection.
+        epoch: u32,
+        /// What for.
+        what: PortOp,
+    },
+}
+
+/// The operations a port may have in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PortOp {
+    /// Accepting.
+    Accept,
+    /// Connecting.
+    Connect,
+    /// Waiting to try again.
+    Retry,
+    /// Reading the control socket.
+    Receive,
+    /// Writing the control socket.
+    Send,
+}
+
+/// All ports, and who does what for them.
+pub struct Control {
+    ports: Vec<Port>,
+    helper: Helper,
+    epochs: Vec<u32>,
+    commands: Vec<(PairKey, Command)>,
+    ended: bool,
+}
+
+impl Control {
+    /// Control over these ports; `helper` does what may sleep.
+    pub fn new(ports: Vec<Port>, helper: Helper) -> Self {
+        let epochs = vec![0; ports.len()];
+        Self { ports, helper, epochs, commands: Vec::new(), ended: false }
+    }
+
+    /// Starts listening, connecting and hearing.
+    pub fn start<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>) {
+        reactor.poll(self.helper.bell(), libc::POLLIN, ControlToken::Helper.into());
+        for port in 0..self.ports.len() {
+            self.await_front_end(reactor, port);
+        }
+    }
+
+    /// Commands for pairs that have come up: the caller passes them on.
+    pub fn commands(&mut self) -> &mut Vec<(PairKey, Command)> {
+        &mut self.commands
+    }
+
+    /// True when nothing is left to serve: the last inherited connection has ended.
+    pub fn ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Writes each port's counters to the log.
+    pub fn log_counters(&self) {
+        for port in &self.ports {
+            tracing::info!(port = port.name(), "{}", port.summary());
+        }
+    }
+
+    fn token(&self, port: usize, what: PortOp) -> ControlToken {
+        ControlToken::Port { port: port as u16, epoch: self.epochs[port], what }
+    }
+
+    /// Waits for the port's next connection.
+    fn await_front_end<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>, id: usize) {
+        self.epochs[id] = self.epochs[id].wrapping_add(1);
+        let accept = self.token(id, PortOp::Accept).into();
+        let connect = self.token(id, PortOp::Connect).into();
+        let retry = self.token(id, PortOp::Retry).into();
+        let port = &mut self.ports[id];
+        match &mut port.endpoint {
+            Endpoint::Listen { listener, .. } => {
+                reactor.accept(listener, accept);
+            }
+            Endpoint::Connect { path, attempt, .. } => {
+                let socket = UnixAddress::new(path).and_then(|address| Ok((address, client_socket()?)));
+                match socket {
+                    Ok((address, socket)) => {
+                        let socket = Arc::new(socket);
+                        *attempt = Some(socket.clone());
+                        reactor.connect(&socket, address, connect);
+                    }
+                    Err(error) => {
+                        port.warn(&format_args!("cannot connect: {error}"));
+                        let pause = port.endpoint.next_pause();
+                        reactor.timer(pause, retry);
+                    }
+                }
+            }
+            Endpoint::Inherited(fd) => match fd.take() {
+                Some(fd) => self.connected(reactor, id, fd),
+                None => {
+                    self.ended = self.ports.iter().all(|port| {
+                        matches!(port.endpoint, Endpoint::Inherited(None)) && port.connection.is_none()
+                    });
+                }
+            },
+        }
+    }
+
+    fn connected<T: Copy + From<ControlToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        id: usize,
+        socket: OwnedFd,
+    ) {
+        let epoch = self.epochs[id];
+        let port = &mut self.ports[id];
+        port.endpoint.connected();
+        port.connection = Some(Connection::new(socket, epoch));
+        port.session = Some(port.new_session());
+        tracing::info!(port = port.name(), "front-end connected");
+        self.drive(reactor, id);
+    }
+
+    /// Takes the completion of an operation of control (signals aside).
+    pub fn completion<T: Copy + From<ControlToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        token: ControlToken,
+        done: Done,
+    ) {
+        match token {
+            ControlToken::Signal => {}
+            ControlToken::Helper => self.helper_answered(reactor, &done),
+            ControlToken::Port { port, epoch, what } => {
+                if self.epochs.get(usize::from(port)) == Some(&epoch) {
+                    self.port_completion(reactor, usize::from(port), what, done);
+                }
+            }
+        }
+    }
+
+    fn port_completion<T: Copy + From<ControlToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        id: usize,
+        what: PortOp,
+        done: Done,
+    ) {
+        match (what, done) {
+            (PortOp::Accept, Done::Accepted(Ok(socket))) => self.connected(reactor, id, socket),
+            (PortOp::Accept, Done::Accepted(Err(error))) => {
+                self.ports[id].warn(&format_args!("cannot accept a connection: {error}"));
+                let retry = self.token(id, PortOp::Retry);
+                reactor.timer(ACCEPT_PAUSE, retry.into());
+            }
+            (PortOp::Retry, _) => self.await_front_end(reactor, id),
+            (PortOp::Connect, Done::Connected(result)) => self.connect_ended(reactor, id, result),
+            (PortOp::Receive, Done::Received(result, mut buffer)) => {
+                let Some(connection) = self.ports[id].connection.as_mut() else { return };
+                connection.received();
+                let n = match result {
+                    Ok(0) => return self.close(reactor, id, "front-end disconnected"),
+                    Ok(n) => n,
+                    Err(error) => return self.close(reactor, id, &format!("control socket: {error}")),
+                };
+                let fds = buffer.take_fds();
+                if buffer.truncated() {
+                    self.ports[id].failures += 1;
+                    return self.close(reactor, id, "more file descriptors in one read than any message has");
+                }
+                let fed = self.ports[id].session.as_mut().map(|session| session.feed(buffer.bytes(n), fds));
+                if let Some(Err(error)) = fed {
+                    return self.fail(reactor, id, &error);
+                }
+                self.drive(reactor, id);
+            }
+            (PortOp::Send, Done::Sent(result, message)) => {
+                let token = self.token(id, PortOp::Send).into();
+                let Some(connection) = self.ports[id].connection.as_mut() else { return };
+                if let Err(error) = connection.sent(reactor, result, message, token) {
+                    self.close(reactor, id, &format!("control socket: {error}"));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn connect_ended<T: Copy + From<ControlToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        id: usize,
+        result: std::io::Result<()>,
+    ) {
+        let port = &mut self.ports[id];
+        let Endpoint::Connect { attempt, .. } = &mut port.endpoint else { return };
+        let socket = attempt.take().and_then(Arc::into_inner);
+        match (result, socket) {
+            (Ok(()), Some(socket)) => self.connected(reactor, id, socket),
+            (result, _) => {
+                if let Err(error) = result {
+                    tracing::debug!(port = port.name(), %error, "front-end is not there yet");
+                }
+                let pause = port.endpoint.next_pause();
+                let retry = self.token(id, PortOp::Retry);
+                reactor.timer(pause, retry.into());
+            }
+        }
+    }
+
+    /// Goes on with a port as far as it goes without waiting.
+    fn drive<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>, id: usize) {
+        loop {
+            if self.ports[id].plan.purpose != Purpose::Nothing {
+                if !self.advance(id) {
+                    break;
+                }
+                let plan = std::mem::take(&mut self.ports[id].plan);
+                if plan.purpose == Purpose::Teardown {
+                    return self.await_front_end(reactor, id);
+                }
+                let outcome = plan.outcome.unwrap_or(Outcome::Done);
+                if let Some(session) = self.ports[id].session.as_mut() {
+                    session.complete(outcome);
+                }
+            }
+            let port = &mut self.ports[id];
+            let Some(step) = port.session.as_mut().and_then(|session| session.step()) else { break };
+            match step {
+                Step::Send(bytes) => {
+                    let token = self.token(id, PortOp::Send).into();
+                    let Some(connection) = self.ports[id].connection.as_mut() else { break };
+                    if !connection.send(reactor, bytes, token) {
+                        self.ports[id].failures += 1;
+                        return self.close(reactor, id, "front-end reads no replies");
+                    }
+                }
+                Step::Effect(effect) => port.begin(effect),
+                Step::Warn(notice) => port.warn(&notice),
+                Step::Close(error) => return self.fail(reactor, id, &error),
+            }
+        }
+        let token = self.token(id, PortOp::Receive).into();
+        let port = &mut self.ports[id];
+        if let (Some(connection), Some(session)) = (&mut port.connection, &port.session)
+            && session.wants_input()
+        {
+            connection.receive(reactor, token);
+        }
+    }
+
+    /// Takes a plan's next steps. True when it is through.
+    fn advance(&mut self, id: usize) -> bool {
+        let port = &mut self.ports[id];
+        while port.plan.waiting == 0 {
+            match port.plan.next() {
+                None => return true,
+                Some(PlanStep::Job(job)) => {
+                    port.plan.waiting = usize::from(!matches!(job, Job::Release(_)));
+                    self.helper.submit(port.id, job);
+                }
+                Some(PlanStep::Pairs(commands)) => {
+                    port.plan.waiting = commands.len();
+                    let port_id = port.id;
+                    self.commands.extend(
+                        commands
+                            .into_iter()
+                            .map(|(pair, command)| (PairKey { port: port_id, pair }, command)),
+                    );
+                }
+            }
+        }
+        false
+    }
+
+    fn helper_answered<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>, done: &Done) {
+        let answers: Vec<_> = self.helper.results().collect();
+        for (port, answer) in answers {
+            let id = usize::from(port);
+            let port = &mut self.ports[id];
+            port.plan.waiting = port.plan.waiting.saturating_sub(1);
+            match answer {
+                JobDone::Mapped(result) => port.mapped(result),
+                JobDone::LogMapped(result) => port.log_mapped(result),
+                JobDone::Steered(Err(why)) => port.warn(&why),
+                JobDone::Ended(Err(why)) => port.failed(why),
+                JobDone::Steered(Ok(())) | JobDone::Ended(Ok(())) => {}
+            }
+            self.drive(reactor, id);
+        }
+        if matches!(done, Done::Ready(_, false)) {
+            reactor.poll(self.helper.bell(), libc::POLLIN, ControlToken::Helper.into());
+        }
+    }
+
+    /// Takes a message of a pair.
+    pub fn message<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>, message: ToControl) {
+        match message {
+            ToControl::Reply(key, reply) => {
+                let id = usize::from(key.port);
+                let port = &mut self.ports[id];
+                port.plan.waiting = port.plan.waiting.saturating_sub(1);
+                match reply {
+                    Reply::Done => {}
+                    Reply::Base(base) => port.plan.outcome = Some(Outcome::Base(base)),
+                    Reply::Failed(why) => port.failed(why),
+                }
+                self.drive(reactor, id);
+            }
+            ToControl::Event(key, event) => self.event(reactor, key, event),
+        }
+    }
+
+    fn event<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>, key: PairKey, event: Event) {
+        let id = usize::from(key.port);
+        let port = &mut self.ports[id];
+        match event {
+            Event::RingBroken(direction, why) => {
+                port.warn(&format_args!("queue pair {}: {direction:?} ring given up: {why}", key.pair));
+            }
+            Event::UplinkDown(why) => {
+                let uplink = port.uplink.clone();
+                port.warn(&format_args!("uplink {} cannot be used: {why}", uplink.describe()));
+            }
+            Event::MemoryFault => {
+                port.failures += 1;
+                let why = "guest memory vanished (its file was truncated): the port is reset";
+                if port.connection.is_some() {
+                    self.close(reactor, id, why);
+                }
+            }
+        }
+    }
+
+    fn fail<T: Copy + From<ControlToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        id: usize,
+        error: &dyn std::fmt::Display,
+    ) {
+        self.ports[id].failures += 1;
+        self.close(reactor, id, &format!("connection closed: {error}"));
+    }
+
+    /// Ends the port's connection: its rings stop, its memory goes, the next connection may come.
+    fn close<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>, id: usize, why: &str) {
+        // Completions of this connection mean nothing from now on.
+        self.epochs[id] = self.epochs[id].wrapping_add(1);
+        let port = &mut self.ports[id];
+        port.connection = None;
+        port.session = None;
+        let summary = port.summary();
+        tracing::info!(port = port.name(), "{why}; {summary}");
+        port.begin_teardown();
+        self.drive(reactor, id);
+    }
+}

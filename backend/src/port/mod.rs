@@ -1,0 +1,158 @@
+//! Ports: one vhost-user device with its uplink, as control sees it.
+//!
+//! Lives here: a port's state between messages ([`Port`]), its control connection ([`connection`]), how the
+//! session's effects are carried out step by step ([`plan`]), and the calls that may sleep, on a thread of their
+//! own ([`helper`]). All of it runs on the first worker. Not here: what a message means (`session`), how packets
+//! move (`worker`, `net`).
+//!
+//! ```text
+//!  socket ─bytes, fds─► Session ─Effect─► plan: [helper job]* [commands to pairs]* ─Outcome─► Session ─reply─► socket
+//! ```
+//! One effect is carried out at a time, and none of its steps makes the loop wait: the port is simply not asked to
+//! go on until the helper or the pairs have answered.
+
+pub mod connection;
+pub mod control;
+mod fds;
+pub mod helper;
+mod limit;
+pub mod plan;
+mod report;
+
+use crate::config::PortConfig;
+use crate::memory::{DirtyLog, GuestMemory};
+use crate::net::counters::{PairCounters, PairCounts};
+use crate::net::features;
+use crate::session::{ConfigSpace, Session, SessionConfig, protocol_feature};
+use crate::uplink::Uplink;
+use connection::Connection;
+use limit::LogLimit;
+use plan::Plan;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// Memory slots offered to front-ends that add regions one by one (CONFIGURE_MEM_SLOTS). QEMU takes the smaller
+/// of this and its own limit; each slot costs a file descriptor.
+pub const MEM_SLOTS: u64 = 509;
+
+/// One vhost-user device with its uplink.
+pub struct Port {
+    /// Its place in the configuration.
+    pub id: u16,
+    /// What it was told to be.
+    pub config: PortConfig,
+    /// Where its packets go.
+    pub uplink: Arc<dyn Uplink>,
+    /// Counters of its pairs.
+    pub counters: Vec<Arc<PairCounters>>,
+    pub(crate) endpoint: connection::Endpoint,
+    pub(crate) connection: Option<Connection>,
+    pub(crate) session: Option<Session<OwnedFd>>,
+    pub(crate) memory: GuestMemory,
+    pub(crate) log: Option<Arc<DirtyLog>>,
+    pub(crate) log_on: bool,
+    /// Which rings run and are enabled; a pair takes part in the uplink's steering while one of its rings does.
+    pub(crate) live: Vec<bool>,
+    pub(crate) plan: Plan,
+    /// Messages from us to the front-end would go here; none is needed so far.
+    pub(crate) backend_channel: Option<OwnedFd>,
+    pub(crate) warnings: LogLimit,
+    /// Connections that were refused their goal: session errors, vanished memory.
+    pub(crate) failures: u64,
+    /// Warnings about messages that were not obeyed, whether logged or not.
+    pub(crate) refused: u64,
+}
+
+impl Port {
+    /// A port without a front-end.
+    pub fn new(
+        id: u16,
+        config: PortConfig,
+        uplink: Arc<dyn Uplink>,
+        counters: Vec<Arc<PairCounters>>,
+        endpoint: connection::Endpoint,
+    ) -> Self {
+        let rings = 2 * usize::from(config.queue_pairs);
+        Self {
+            id,
+            config,
+            uplink,
+            counters,
+            endpoint,
+            connection: None,
+            session: None,
+            memory: GuestMemory::empty(),
+            log: None,
+            log_on: false,
+            live: vec![false; rings],
+            plan: Plan::default(),
+            backend_channel: None,
+            warnings: LogLimit::default(),
+            failures: 0,
+            refused: 0,
+        }
+    }
+
+    /// The port's name, for log lines.
+    pub fn name(&self) -> &str {
+        &self.config.name
+    }
+
+    /// Queue pairs.
+    pub fn pairs(&self) -> u16 {
+        self.config.queue_pairs
+    }
+
+    /// Sum of the counters of all pairs.
+    pub fn counts(&self) -> PairCounts {
+        self.counters.iter().fold(PairCounts::default(), |mut sum, pair| {
+            sum.add(&pair.read());
+            sum
+        })
+    }
+
+    /// A session for a new connection.
+    pub(crate) fn new_session(&self) -> Session<OwnedFd> {
+        use protocol_feature as pf;
+        let capabilities = self.uplink.capabilities();
+        let mut protocol_features = pf::MQ
+            | pf::LOG_SHMFD
+            | pf::RARP
+            | pf::REPLY_ACK
+            | pf::MTU
+            | pf::BACKEND_REQ
+            | pf::RESET_DEVICE
+            | pf::CONFIGURE_MEM_SLOTS
+            | pf::STATUS;
+        let mtu = self.config.mtu.unwrap_or(capabilities.mtu);
+        let mut virtio = features::offered(&capabilities, self.pairs());
+        let config_space = self.config.mac.map(|mac| {
+            protocol_features |= pf::CONFIG;
+            virtio |= 1 << virtio_bindings::virtio_net::VIRTIO_NET_F_MAC;
+            config_space(mac, self.pairs(), mtu)
+        });
+        Session::new(SessionConfig {
+            features: virtio,
+            protocol_features: protocol_features & !self.config.disabled_protocol_features,
+            queue_pairs: self.pairs(),
+            max_mem_slots: MEM_SLOTS,
+            config_space: config_space.and_then(ConfigSpace::new),
+            mtu_max: self.config.mtu.unwrap_or(u16::MAX),
+        })
+    }
+
+    /// The memory snapshot that pairs should use now: with the log while LOG_ALL is on.
+    pub(crate) fn snapshot(&self) -> GuestMemory {
+        self.memory.with_log(self.log.clone().filter(|_| self.log_on))
+    }
+}
+
+/// `struct virtio_net_config` up to the MTU (VIRTIO 1.3 §5.1.4), for VMMs that read it from the back-end.
+fn config_space(mac: [u8; 6], pairs: u16, mtu: u16) -> Vec<u8> {
+    const LINK_UP: u16 = 1;
+    let mut bytes = mac.to_vec();
+    bytes.extend_from_slice(&LINK_UP.to_le_bytes());
+    bytes.extend_from_slice(&pairs.to_le_bytes());
+    bytes.extend_from_slice(&mtu.to_le_bytes());
+    bytes
+}

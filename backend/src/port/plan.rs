@@ -1,0 +1,297 @@
+//! How one effect of the session is carried out: a short list of steps, each a job for the helper or commands for
+//! pairs, one after the other. Between steps the loop does other things.
+#![forbid(unsafe_code)]
+
+use super::helper::Job;
+use super::{Port, fds};
+use crate::memory::{GuestMemory, Mapping, RegionSpec};
+use crate::net::features;
+use crate::session::{Effect, Outcome, RingConfig};
+use crate::virtq::QueueConfig;
+use crate::worker::{Command, Direction};
+use std::any::Any;
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use virtio_bindings::virtio_ring as vr;
+
+/// One step of a plan.
+pub(crate) enum Step {
+    /// For the control helper thread; the answer is waited for (but for a release).
+    Job(Job),
+    /// For pairs; all replies are waited for.
+    Pairs(Vec<(u16, Command)>),
+}
+
+/// What a plan is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Nothing is under way.
+    #[default]
+    Nothing,
+    /// An effect of the session.
+    Effect,
+    /// The connection has ended; its rings and memory go.
+    Teardown,
+}
+
+/// What regions that have just been mapped are for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum MapFor {
+    #[default]
+    Replace,
+    Add,
+}
+
+/// The steps under way.
+#[derive(Default)]
+pub(crate) struct Plan {
+    pub(crate) purpose: Purpose,
+    steps: VecDeque<Step>,
+    /// Answers outstanding for the step under way.
+    pub(crate) waiting: usize,
+    mapping: MapFor,
+    pub(crate) outcome: Option<Outcome>,
+}
+
+impl Plan {
+    pub(crate) fn next(&mut self) -> Option<Step> {
+        self.steps.pop_front()
+    }
+
+    fn refuse(&mut self, why: String) {
+        self.outcome = Some(Outcome::Refused(why));
+        self.drop_steps();
+    }
+
+    /// Drops what has not begun, but for memory on its way out: only the helper may let go of it.
+    fn drop_steps(&mut self) {
+        self.steps.retain(|step| matches!(step, Step::Job(Job::Release(_))));
+    }
+}
+
+fn release<M: Any + Send>(memory: M) -> Step {
+    Step::Job(Job::Release(Box::new(memory)))
+}
+
+impl Port {
+    /// Starts to carry out an effect.
+    pub(crate) fn begin(&mut self, effect: Effect<OwnedFd>) {
+        self.plan = Plan { purpose: Purpose::Effect, ..Plan::default() };
+        if let Err(why) = self.prepare(effect) {
+            self.plan.refuse(why);
+        }
+    }
+
+    fn prepare(&mut self, effect: Effect<OwnedFd>) -> Result<(), String> {
+        match effect {
+            Effect::SetMemTable { regions } => {
+                self.plan.mapping = MapFor::Replace;
+                self.push(Step::Job(Job::Map(regions)));
+            }
+            Effect::AddMemReg { region, fd } => {
+                self.plan.mapping = MapFor::Add;
+                self.push(Step::Job(Job::Map(vec![(region, fd)])));
+            }
+            Effect::RemMemReg { region } => self.remove_region(&region)?,
+            Effect::SetLogBase { size, offset, fd } => self.push(Step::Job(Job::MapLog { fd, size, offset })),
+            Effect::SetFeatures { features, log_all } => self.set_features(features, log_all),
+            Effect::StartRing { index, config, kick } => self.start_ring(index, config, kick)?,
+            Effect::UpdateRing { index, config } => {
+                let (direction, config) = (Direction::of_ring(index), queue_config(&config));
+                self.to_pair(index, Command::Update { direction, config });
+            }
+            Effect::StopRing { index } => {
+                self.to_pair(index, Command::Stop { direction: Direction::of_ring(index) });
+                self.steer(index, false);
+            }
+            Effect::EnableRing { index, enabled } => {
+                let command = Command::Enable { direction: Direction::of_ring(index), enabled };
+                // A queue joins the steering before frames are looked for, and leaves it after.
+                if enabled {
+                    self.steer(index, true);
+                    self.to_pair(index, command);
+                } else {
+                    self.to_pair(index, command);
+                    self.steer(index, false);
+                }
+            }
+            Effect::SetCall { index, fd } => {
+                let fd = checked(fd)?;
+                self.to_pair(index, Command::Call { direction: Direction::of_ring(index), fd });
+            }
+            Effect::SetErr { index, fd } => {
+                let fd = checked(fd)?;
+                self.to_pair(index, Command::Error { direction: Direction::of_ring(index), fd });
+            }
+            Effect::SetMtu(mtu) => self.push(Step::Job(Job::SetMtu(self.uplink.clone(), mtu))),
+            Effect::SendRarp(mac) => {
+                tracing::info!(port = self.name(), "announcing {}", mac_text(mac));
+                self.uplink
+                    .announce(&crate::net::rarp::frame(mac))
+                    .map_err(|error| format!("{}: announcement: {error}", self.uplink.describe()))?;
+            }
+            Effect::SetBackendChannel(fd) => self.backend_channel = Some(fd),
+            // The session has stopped the rings; what pairs keep (call, err) is to stay.
+            Effect::Reset => {}
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, step: Step) {
+        self.plan.steps.push_back(step);
+    }
+
+    fn to_pair(&mut self, ring: u16, command: Command) {
+        self.push(Step::Pairs(vec![(ring / 2, command)]));
+    }
+
+    /// A step that gives every pair the memory to use now.
+    fn share_memory(&self) -> Step {
+        let snapshot = self.snapshot();
+        Step::Pairs((0..self.pairs()).map(|pair| (pair, Command::Memory(snapshot.clone()))).collect())
+    }
+
+    fn replace_memory(&mut self, memory: GuestMemory) {
+        let old = std::mem::replace(&mut self.memory, memory);
+        // Front of the line: pairs first move to the new memory, then the old one may go.
+        self.plan.steps.push_front(release(old));
+        let share = self.share_memory();
+        self.plan.steps.push_front(share);
+    }
+
+    fn remove_region(&mut self, region: &RegionSpec) -> Result<(), String> {
+        let rest: Vec<Arc<Mapping>> = self
+            .memory
+            .mappings()
+            .iter()
+            .filter(|mapping| {
+                let spec = mapping.spec();
+                (spec.guest_phys, spec.size, spec.user_addr)
+                    != (region.guest_phys, region.size, region.user_addr)
+            })
+            .cloned()
+            .collect();
+        let memory = GuestMemory::new(rest).map_err(|error| error.to_string())?;
+        self.replace_memory(memory);
+        Ok(())
+    }
+
+    fn set_features(&mut self, acked: u64, log_all: bool) {
+        self.log_on = log_all;
+        self.push(Step::Job(Job::Configure(self.uplink.clone(), features::frame_format(acked))));
+        let snapshot = self.snapshot();
+        let commands = (0..self.pairs())
+            .flat_map(|pair| [(pair, Command::Features(acked)), (pair, Command::Memory(snapshot.clone()))])
+            .collect();
+        self.push(Step::Pairs(commands));
+    }
+
+    fn start_ring(&mut self, index: u16, config: RingConfig, kick: Option<OwnedFd>) -> Result<(), String> {
+        let kick = checked(kick)?;
+        let (direction, enabled) = (Direction::of_ring(index), config.enabled);
+        self.steer(index, enabled);
+        let config = queue_config(&config);
+        self.to_pair(index, Command::Start { direction, config, kick, enabled });
+        Ok(())
+    }
+
+    /// Puts the ring's pair into the uplink's steering or takes it out, where that changes with this ring.
+    fn steer(&mut self, index: u16, live: bool) {
+        let ring = usize::from(index);
+        let other = self.live.get(ring ^ 1).copied().unwrap_or(false);
+        let Some(slot) = self.live.get_mut(ring) else { return };
+        let before = *slot || other;
+        *slot = live;
+        let after = live || other;
+        if before != after {
+            self.push(Step::Job(Job::Queues(self.uplink.clone(), vec![(index / 2, after)])));
+        }
+    }
+
+    /// Regions are mapped (or not): make them the memory.
+    pub(crate) fn mapped(&mut self, result: Result<Vec<Arc<Mapping>>, String>) {
+        if self.plan.purpose != Purpose::Effect {
+            if let Ok(mappings) = result {
+                self.plan.steps.push_front(release(mappings));
+            }
+            return;
+        }
+        let memory = result.and_then(|mut mappings| {
+            if self.plan.mapping == MapFor::Add {
+                mappings.extend(self.memory.mappings().iter().cloned());
+            }
+            let unused = mappings.clone();
+            GuestMemory::new(mappings).map_err(|error| {
+                self.plan.steps.push_front(release(unused));
+                error.to_string()
+            })
+        });
+        match memory {
+            Ok(memory) => self.replace_memory(memory),
+            Err(why) => self.plan.outcome = Some(Outcome::Refused(why)),
+        }
+    }
+
+    /// The dirty log is mapped (or not): use it.
+    pub(crate) fn log_mapped(&mut self, result: Result<Arc<crate::memory::DirtyLog>, String>) {
+        match result {
+            Ok(log) if self.plan.purpose == Purpose::Effect => {
+                if let Some(old) = self.log.replace(log) {
+                    self.plan.steps.push_front(release(old));
+                }
+                let share = self.share_memory();
+                self.plan.steps.push_front(share);
+            }
+            Ok(log) => self.plan.steps.push_front(release(log)),
+            Err(why) => self.plan.outcome = Some(Outcome::Refused(why)),
+        }
+    }
+
+    /// A job or command failed.
+    pub(crate) fn failed(&mut self, why: String) {
+        if self.plan.purpose == Purpose::Effect {
+            self.plan.refuse(why);
+        }
+    }
+
+    /// Starts to take down what a connection has built; steps under way are waited for first.
+    pub(crate) fn begin_teardown(&mut self) {
+        self.plan.purpose = Purpose::Teardown;
+        self.plan.outcome = None;
+        self.plan.drop_steps();
+        let resets = (0..self.pairs()).map(|pair| (pair, Command::Reset)).collect();
+        self.push(Step::Pairs(resets));
+        let queues: Vec<_> = (1..self.pairs()).map(|pair| (pair, false)).collect();
+        if !queues.is_empty() {
+            self.push(Step::Job(Job::Queues(self.uplink.clone(), queues)));
+        }
+        self.live.fill(false);
+        let memory = std::mem::replace(&mut self.memory, GuestMemory::empty());
+        let log = self.log.take();
+        self.log_on = false;
+        self.push(release((memory, log)));
+        self.backend_channel = None;
+    }
+}
+
+fn checked(fd: Option<OwnedFd>) -> Result<Option<Arc<OwnedFd>>, String> {
+    fd.map(|fd| fds::check_eventfd(&fd).map(|()| Arc::new(fd))).transpose()
+}
+
+fn queue_config(config: &RingConfig) -> QueueConfig {
+    QueueConfig {
+        size: config.size,
+        base: config.base,
+        desc_user: config.desc_user,
+        avail_user: config.avail_user,
+        used_user: config.used_user,
+        log_used: config.log_used,
+        event_idx: features::has(config.features, vr::VIRTIO_RING_F_EVENT_IDX),
+        indirect: features::has(config.features, vr::VIRTIO_RING_F_INDIRECT_DESC),
+    }
+}
+
+fn mac_text(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}

@@ -1,0 +1,34 @@
+//! What a port tells the operator: one line each, with its name.
+#![forbid(unsafe_code)]
+
+use super::Port;
+use std::time::Instant;
+
+impl Port {
+    /// A warning that the peer can cause: rate-limited, counted in any case.
+    pub(crate) fn warn(&mut self, text: &dyn std::fmt::Display) {
+        self.refused += 1;
+        let Some(suppressed) = self.warnings.allow(Instant::now()) else { return };
+        if suppressed > 0 {
+            tracing::warn!(port = self.name(), "{suppressed} warnings left out");
+        }
+        tracing::warn!(port = self.name(), "{text}");
+    }
+
+    /// The counters that are not zero, in one line.
+    pub(crate) fn summary(&self) -> String {
+        let counts = self.counts();
+        let mut words: Vec<String> = counts
+            .each()
+            .into_iter()
+            .filter(|(_, n)| *n > 0)
+            .map(|(name, n)| format!("{name}={n}"))
+            .collect();
+        for (name, n) in [("refused", self.refused), ("failures", self.failures)] {
+            if n > 0 {
+                words.push(format!("{name}={n}"));
+            }
+        }
+        if words.is_empty() { "no packets".into() } else { words.join(" ") }
+    }
+}

@@ -1,0 +1,397 @@
+//! A split virtqueue, device side: indices, used elements, and when to notify whom.
+//!
+//! ```text
+//!        published      next_used        next_avail       avail_cached
+//!  ──────────┼──────────────┼─────────────────┼────────────────┼──────►  free-running u16
+//!   guest    │  pushed, not │  popped, being  │  known to be   │  perhaps more
+//!   sees it  │  yet visible │  worked on      │  available     │  in avail.idx
+//! ```
+//! `avail.idx - published` is never above the queue size, or the driver is broken.
+//!
+//! **Where a queue begins.** `QueueConfig::base` counts available chains; the used index is not sent. As chains are completed in
+//! order, both are equal in a queue that was stopped properly. After a crash they are not: the base may be that of an
+//! orderly stop long ago, or count chains that were taken but never given back. What the guest saw is `used.idx`, so the
+//! first look at the ring (not the set-up: memory may not have arrived then) takes both indices from there, as DPDK and
+//! libvhost-user do; [`SplitQueue::resynced`] tells. The guest owns that field, but can harm only its own ring with it.
+#![forbid(unsafe_code)]
+
+use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
+
+use super::chain::{Chain, ChainError, WalkError};
+use crate::memory::ring::{RingAccess, RingError, RingLayout, RingView};
+use crate::memory::{GuestMemory, MissingRange};
+
+use std::sync::atomic::{Ordering, fence};
+
+/// What the front-end said about a ring. Addresses in the front-end's user addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueueConfig {
+    /// Entries; a power of two up to 32768 (SET_VRING_NUM).
+    pub size: u16,
+    /// Index of the first chain to process (SET_VRING_BASE).
+    pub base: u16,
+    /// Descriptor table (SET_VRING_ADDR).
+    pub desc_user: u64,
+    /// Available ring.
+    pub avail_user: u64,
+    /// Used ring.
+    pub used_user: u64,
+    /// Guest-physical address for logging used-ring writes, if VHOST_VRING_F_LOG is set.
+    pub log_used: Option<u64>,
+    /// VIRTIO_F_EVENT_IDX was negotiated.
+    pub event_idx: bool,
+    /// VIRTIO_F_INDIRECT_DESC was negotiated.
+    pub indirect: bool,
+}
+
+impl QueueConfig {
+    fn layout(&self) -> RingLayout {
+        RingLayout {
+            size: self.size,
+            desc_user: self.desc_user,
+            avail_user: self.avail_user,
+            used_user: self.used_user,
+            log_used: self.log_used,
+            event_idx: self.event_idx,
+        }
+    }
+}
+
+/// Why a ring cannot be used (any more, or yet).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum QueueError {
+    /// Size or addresses are wrong.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    /// The available index is further ahead than the queue is long, or went back.
+    #[error("available index {idx} with {next} next and {used} used of {size}")]
+    AvailJump {
+        /// What the guest wrote.
+        idx: u16,
+        /// The first chain not taken yet.
+        next: u16,
+        /// Chains that the guest saw completed.
+        used: u16,
+        /// Entries of the queue.
+        size: u16,
+    },
+    /// An available entry names a descriptor outside the table.
+    #[error("available entry {head} in a queue of {size}")]
+    BadHead {
+        /// What the guest wrote.
+        head: u16,
+        /// Entries of the queue.
+        size: u16,
+    },
+    /// The ring itself has not arrived: park.
+    #[error(transparent)]
+    Missing(#[from] MissingRange),
+    /// Memory of which pages may be missing was given to a queue with chains in work.
+    #[error("the memory table was replaced while chains were in work")]
+    Busy,
+}
+
+/// Why no chain was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PopError {
+    /// The chain is malformed. It counts as popped: give it back with `push(head, 0)`.
+    #[error("chain {head}: {why}")]
+    Bad {
+        /// Its first descriptor.
+        head: u16,
+        /// What is wrong with it.
+        why: ChainError,
+    },
+    /// Descriptors have not arrived. Nothing was taken: park, then pop again.
+    #[error(transparent)]
+    Missing(MissingRange),
+    /// The ring cannot be used.
+    #[error(transparent)]
+    Broken(QueueError),
+}
+
+/// A split virtqueue in guest memory.
+#[derive(Debug)]
+pub struct SplitQueue {
+    ring: RingView,
+    next_avail: u16,
+    avail_cached: u16,
+    next_used: u16,
+    published: u16,
+    /// The used index at the last decision on a call; None before the first.
+    decided: Option<u16>,
+    /// Chains published since then.
+    undecided: u32,
+    synced: bool,
+    /// What `used.flags` says about kicks, once we wrote it.
+    kicks_enabled: Option<bool>,
+    config: QueueConfig,
+    resynced: bool,
+    #[cfg(debug_assertions)]
+    in_work: std::collections::VecDeque<u16>,
+}
+
+impl SplitQueue {
+    /// A queue that begins at `config.base`. Checks addresses and alignment; touches no guest memory.
+    pub fn new(mem: &GuestMemory, config: &QueueConfig) -> Result<Self, QueueError> {
+        Ok(Self {
+            ring: RingView::new(mem, &config.layout())?,
+            next_avail: config.base,
+            avail_cached: config.base,
+            next_used: config.base,
+            published: config.base,
+            decided: None,
+            undecided: 0,
+            synced: false,
+            kicks_enabled: None,
+            config: *config,
+            resynced: false,
+            #[cfg(debug_assertions)]
+            in_work: std::collections::VecDeque::new(),
+        })
+    }
+
+    /// Goes on with the same ring in a new snapshot: another memory table, log or residency. On an error the queue keeps
+    /// the old one.
+    pub fn remap(&mut self, mem: &GuestMemory) -> Result<(), QueueError> {
+        let mut ring = RingView::new(mem, &self.config.layout())?;
+        if self.next_avail != self.published && ring.access().is_err() {
+            return Err(QueueError::Busy);
+        }
+        self.ring = ring;
+        self.kicks_enabled = None;
+        Ok(())
+    }
+
+    /// SET_VRING_ADDR with another log address, or with the log flag on or off. Takes effect if the memory has a log.
+    pub fn set_log_used(&mut self, log_used: Option<u64>) {
+        self.config.log_used = log_used;
+        self.ring.set_log_used(log_used);
+    }
+
+    /// Entries.
+    #[inline]
+    pub fn size(&self) -> u16 {
+        self.ring.size()
+    }
+
+    /// The configuration, with the base of the beginning.
+    pub fn config(&self) -> &QueueConfig {
+        &self.config
+    }
+
+    /// True if `used.idx` differed from the base at the first look, and both indices were taken from there.
+    pub fn resynced(&self) -> bool {
+        self.resynced
+    }
+
+    /// Index of the first chain the guest has not been given back, for GET_VRING_BASE. Publish before; chains in work are
+    /// given up and come again.
+    #[inline]
+    pub fn base(&self) -> u16 {
+        self.published
+    }
+
+    /// Chains popped and not pushed yet.
+    #[inline]
+    pub fn in_flight(&self) -> u16 {
+        self.next_avail.wrapping_sub(self.next_used)
+    }
+
+    /// Chains that can be popped. Looks at `avail.idx` only when all it knew of are popped.
+    #[inline]
+    pub fn available(&mut self) -> Result<u16, QueueError> {
+        if self.avail_cached == self.next_avail {
+            self.refill()?;
+        }
+        Ok(self.avail_cached.wrapping_sub(self.next_avail))
+    }
+
+    /// Takes the next chain. False: there is none.
+    #[inline]
+    pub fn pop(&mut self, mem: &GuestMemory, chain: &mut Chain) -> Result<bool, PopError> {
+        if self.avail_cached == self.next_avail {
+            self.refill().map_err(pop_error)?;
+            if self.avail_cached == self.next_avail {
+                return Ok(false);
+            }
+        }
+        let size = self.ring.size();
+        let ring = self.ring.access().map_err(PopError::Missing)?;
+        let head = ring.avail_head(self.next_avail);
+        let Some(first) = ring.descriptor(head) else {
+            return Err(PopError::Broken(QueueError::BadHead { head, size }));
+        };
+        let result = match chain.walk(ring, mem, self.config.indirect, head, first, size) {
+            Ok(()) => Ok(true),
+            Err(WalkError::Bad(why)) => Err(PopError::Bad { head, why }),
+            Err(WalkError::Missing(missing)) => return Err(PopError::Missing(missing)),
+        };
+        self.next_avail = self.next_avail.wrapping_add(1);
+        #[cfg(debug_assertions)]
+        self.in_work.push_back(head);
+        result
+    }
+
+    /// Gives back the last `n` chains popped, as if they had not been: for receive buffers that were not needed.
+    #[inline]
+    pub fn unpop(&mut self, n: u16) {
+        assert!(n <= self.in_flight(), "more chains given back than were taken");
+        self.next_avail = self.next_avail.wrapping_sub(n);
+        #[cfg(debug_assertions)]
+        self.in_work.truncate(self.in_work.len() - usize::from(n));
+    }
+
+    /// Completes the oldest chain in work, `head`, into which `len` bytes were written. Visible with
+    /// [`Self::publish`].
+    #[inline]
+    pub fn push(&mut self, head: u16, len: u32) {
+        debug_assert_ne!(self.in_flight(), 0, "a chain completed that was not taken");
+        #[cfg(debug_assertions)]
+        assert_eq!(self.in_work.pop_front(), Some(head), "chains must be completed in ring order");
+        // A chain was taken, so the ring is present; `remap` sees to it that it stays so.
+        if let Ok(ring) = self.ring.access() {
+            ring.write_used(self.next_used, u32::from(head), len);
+        }
+        self.next_used = self.next_used.wrapping_add(1);
+    }
+
+    /// Makes all that was pushed visible to the guest, and logs it.
+    #[inline]
+    pub fn publish(&mut self) {
+        if self.published == self.next_used {
+            return;
+        }
+        if let Ok(ring) = self.ring.access() {
+            ring.store_used_idx(self.published, self.next_used);
+        }
+        self.undecided += u32::from(self.next_used.wrapping_sub(self.published));
+        self.published = self.next_used;
+    }
+
+    /// Decides whether the guest wants a call for what was published since the last decision
+    /// (VIRTIO 1.3 §2.7.7.2, §2.7.10).
+    #[inline]
+    pub fn needs_call(&mut self) -> bool {
+        if self.undecided == 0 {
+            return false;
+        }
+        let new = self.published;
+        let old = self.decided.replace(new);
+        let count = std::mem::take(&mut self.undecided);
+        let Ok(ring) = self.ring.access() else {
+            return true;
+        };
+        // The store of used.idx must come before the load of what the guest wants: it does the two the other way round.
+        fence(Ordering::SeqCst);
+        match (ring.used_event(), old) {
+            (None, _) => u32::from(ring.avail_flags()) & VRING_AVAIL_F_NO_INTERRUPT == 0,
+            // Nobody knows what was announced before us: the first time always calls.
+            (Some(_), None) => true,
+            // Round the clock once: every event was passed.
+            (Some(_), Some(_)) if count > u32::from(u16::MAX) => true,
+            (Some(event), Some(old)) => event_passed(event, new, old),
+        }
+    }
+
+    /// Asks the guest not to kick, while we look at the ring anyway. With EVENT_IDX there is nothing to say: it kicks
+    /// once more at most.
+    #[inline]
+    pub fn disable_kicks(&mut self) {
+        if self.kicks_enabled == Some(false) {
+            return;
+        }
+        if !self.config.event_idx {
+            let Ok(ring) = self.ring.access() else {
+                return;
+            };
+            ring.store_used_flags(VRING_USED_F_NO_NOTIFY as u16);
+        }
+        self.kicks_enabled = Some(false);
+    }
+
+    /// Asks the guest to kick at the next chain it makes available, before we stop looking. True: there are chains to
+    /// pop already, do not stop (VIRTIO 1.3 §2.7.10.1).
+    #[inline]
+    pub fn enable_kicks(&mut self) -> Result<bool, QueueError> {
+        self.sync()?;
+        let next = self.next_avail;
+        let ring = self.ring.access()?;
+        if self.config.event_idx {
+            ring.store_avail_event(next);
+        } else if self.kicks_enabled != Some(true) {
+            ring.store_used_flags(0);
+        }
+        self.kicks_enabled = Some(true);
+        // The guest stores avail.idx, then loads the event; we the other way round.
+        fence(Ordering::SeqCst);
+        self.refill()?;
+        Ok(self.avail_cached != self.next_avail)
+    }
+
+    /// Looks at `avail.idx`.
+    fn refill(&mut self) -> Result<(), QueueError> {
+        self.sync()?;
+        let idx = self.ring.access()?.avail_idx();
+        let size = self.ring.size();
+        let taken = self.next_avail.wrapping_sub(self.published);
+        // A driver has `size` chains out at most, those we have taken included.
+        if idx.wrapping_sub(self.next_avail) > size.saturating_sub(taken) {
+            let (next, used) = (self.next_avail, self.published);
+            return Err(QueueError::AvailJump { idx, next, used, size });
+        }
+        self.avail_cached = idx;
+        Ok(())
+    }
+
+    /// Before the first look at the ring: begin where the guest was left.
+    #[inline]
+    fn sync(&mut self) -> Result<(), QueueError> {
+        if self.synced {
+            return Ok(());
+        }
+        let used = self.ring.access()?.used_idx();
+        self.synced = true;
+        if used != self.config.base {
+            self.resynced = true;
+            (self.next_avail, self.avail_cached, self.next_used, self.published) = (used, used, used, used);
+        }
+        Ok(())
+    }
+}
+
+#[cold]
+fn pop_error(error: QueueError) -> PopError {
+    match error {
+        QueueError::Missing(missing) => PopError::Missing(missing),
+        other => PopError::Broken(other),
+    }
+}
+
+/// `vring_need_event`: whether `event` is among the indices `old .. new` that were just passed (§2.7.10.1).
+#[inline]
+fn event_passed(event: u16, new: u16, old: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}
+
+/// For [`SplitQueue::prefetch`]: chains to look ahead at most.
+const PREFETCH_MAX: u16 = 32;
+
+impl SplitQueue {
+    /// Asks the CPU for the descriptors of the next `n` chains known to be available, as a hint before a burst of pops.
+    #[inline]
+    pub fn prefetch(&mut self, n: u16) {
+        let known = self.avail_cached.wrapping_sub(self.next_avail);
+        let Ok(ring) = self.ring.access() else {
+            return;
+        };
+        prefetch_descriptors(ring, self.next_avail, n.min(known).min(PREFETCH_MAX));
+    }
+}
+
+#[inline]
+fn prefetch_descriptors(ring: RingAccess<'_>, from: u16, n: u16) {
+    for index in 0..n {
+        ring.prefetch_descriptor(ring.avail_head(from.wrapping_add(index)));
+    }
+}

@@ -1,0 +1,4 @@
+//! The queue against a driver of a few lines.
+
+mod basic;
+mod driver;

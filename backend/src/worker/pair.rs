@@ -1,0 +1,567 @@
+//! One queue pair at work: two rings, a queue of the uplink, and when to look at them.
+//!
+//! Nothing here sleeps, and nothing here is done per packet but by `net::rx` and `net::tx`; this is the frame
+//! around a burst: when it starts, when its used entries are published, when the driver is notified.
+
+#![forbid(unsafe_code)]
+
+use super::datapath::Shared;
+use super::{Attachment, Command, Direction, Event, PairKey, PairToken, Reply, ToControl, What};
+use crate::memory::{GuestMemory, MissingRange};
+use crate::net::counters::PairCounters;
+use crate::net::features;
+use crate::net::rx::{Receiver, RxSettings};
+use crate::net::tx::{self, End, TxSettings};
+use crate::reactor::{Done, OpId, Reactor};
+use crate::uplink::UplinkQueue;
+use crate::virtq::{QueueConfig, SplitQueue};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// Frames after which used entries are published and the driver is notified.
+const BURST: u32 = 64;
+/// Bursts that one ring may take in a turn of the loop before the others have theirs.
+const BURSTS_PER_TURN: u32 = 4;
+
+/// A started ring and its notifications.
+struct Ring {
+    queue: SplitQueue,
+    kick: Option<Arc<OwnedFd>>,
+    kick_poll: Option<OpId>,
+    /// Look at it in the next turn.
+    pending: bool,
+    /// The driver has been asked to kick.
+    listening: bool,
+    /// It waits for this guest memory (postcopy).
+    parked: Option<MissingRange>,
+}
+
+impl Ring {
+    /// While we look at the ring anyway, the driver need not kick.
+    fn ignore_kicks(&mut self) {
+        if std::mem::take(&mut self.listening) {
+            self.queue.disable_kicks();
+        }
+    }
+}
+
+/// What stays of a ring between its lives.
+#[derive(Default)]
+struct Half {
+    ring: Option<Ring>,
+    enabled: bool,
+    /// The base it stopped at: a front-end may ask after the ring was given up.
+    last_base: u16,
+    call: Option<Arc<OwnedFd>>,
+    call_in_flight: bool,
+    call_again: bool,
+    error: Option<Arc<OwnedFd>>,
+    epoch: u32,
+}
+
+/// A queue pair.
+pub struct Pair {
+    key: PairKey,
+    slot: u32,
+    memory: GuestMemory,
+    features: u64,
+    uplink: Box<dyn UplinkQueue>,
+    uplink_poll: Option<OpId>,
+    /// Frames may wait at the uplink.
+    uplink_readable: bool,
+    uplink_epoch: u32,
+    writable_poll: bool,
+    receiver: Receiver,
+    rx: Half,
+    tx: Half,
+    counters: Arc<PairCounters>,
+    /// It stands in the worker's ready queue.
+    queued: bool,
+    uplink_down: bool,
+}
+
+impl Half {
+    /// Notifies the driver, unless a notification is under way: then once more when it is through.
+    fn notify<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, token: PairToken) {
+        let Some(call) = &self.call else { return };
+        if self.call_in_flight {
+            self.call_again = true;
+        } else {
+            self.call_in_flight = true;
+            reactor.signal_event(call, token.into());
+        }
+    }
+}
+
+impl Pair {
+    /// A pair without a front-end.
+    pub fn new(attachment: Attachment, slot: u32) -> Self {
+        Self {
+            key: attachment.key,
+            slot,
+            memory: GuestMemory::empty(),
+            features: 0,
+            uplink: attachment.uplink,
+            uplink_poll: None,
+            uplink_readable: false,
+            uplink_epoch: 0,
+            writable_poll: false,
+            receiver: Receiver::default(),
+            rx: Half::default(),
+            tx: Half::default(),
+            counters: attachment.counters,
+            queued: false,
+            uplink_down: false,
+        }
+    }
+
+    fn half(&mut self, direction: Direction) -> &mut Half {
+        match direction {
+            Direction::Receive => &mut self.rx,
+            Direction::Transmit => &mut self.tx,
+        }
+    }
+
+    fn token(&self, what: What) -> PairToken {
+        let epoch = match what {
+            What::Kick(Direction::Receive) | What::Call(Direction::Receive) => self.rx.epoch,
+            What::Kick(Direction::Transmit) | What::Call(Direction::Transmit) => self.tx.epoch,
+            What::UplinkReadable => self.uplink_epoch,
+            What::UplinkWritable | What::Error => 0,
+        };
+        PairToken { slot: self.slot, epoch, what }
+    }
+
+    /// True once for each time the pair comes to have work.
+    pub fn take_ready(&mut self) -> bool {
+        let ready = self.has_work() && !self.queued;
+        self.queued |= ready;
+        ready
+    }
+
+    fn has_work(&self) -> bool {
+        let tx = self.tx.ring.as_ref().is_some_and(|ring| ring.pending && ring.parked.is_none());
+        let rx = self.rx.enabled
+            && self.uplink_readable
+            && self.rx.ring.as_ref().is_some_and(|ring| ring.pending && ring.parked.is_none());
+        tx || rx
+    }
+
+    /// Carries out one command.
+    pub fn command<T: Copy + From<PairToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        command: Command,
+        shared: &mut Shared,
+    ) -> Reply {
+        match command {
+            Command::Memory(memory) => self.set_memory(reactor, memory, shared),
+            Command::Features(features) => self.features = features,
+            Command::Start { direction, config, kick, enabled } => {
+                return self.start(reactor, direction, &config, kick, enabled);
+            }
+            Command::Update { direction, config } => return self.update(direction, config),
+            Command::Stop { direction } => {
+                self.stop(reactor, direction);
+                return Reply::Base(self.half(direction).last_base);
+            }
+            Command::Enable { direction, enabled } => {
+                self.half(direction).enabled = enabled;
+                if let Some(ring) = &mut self.half(direction).ring {
+                    ring.pending = true;
+                }
+                self.watch_uplink(reactor);
+            }
+            Command::Call { direction, fd } => {
+                let half = self.half(direction);
+                half.call = fd;
+                half.epoch = half.epoch.wrapping_add(1);
+                half.call_in_flight = false;
+                half.call_again = false;
+                self.rearm_kick(reactor, direction);
+                // The driver may have missed a notification between the old descriptor and the new.
+                let token = self.token(What::Call(direction));
+                let half = self.half(direction);
+                if half.ring.is_some() {
+                    half.notify(reactor, token);
+                }
+            }
+            Command::Error { direction, fd } => self.half(direction).error = fd,
+            Command::Reset => {
+                for direction in [Direction::Receive, Direction::Transmit] {
+                    self.stop(reactor, direction);
+                    let half = self.half(direction);
+                    let epoch = half.epoch.wrapping_add(1);
+                    *half = Half { epoch, ..Half::default() };
+                }
+                self.features = 0;
+                self.memory = GuestMemory::empty();
+            }
+        }
+        Reply::Done
+    }
+
+    fn set_memory<T: Copy + From<PairToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        memory: GuestMemory,
+        shared: &mut Shared,
+    ) {
+        for direction in [Direction::Receive, Direction::Transmit] {
+            let Some(ring) = &mut self.half(direction).ring else { continue };
+            match ring.queue.remap(&memory) {
+                Ok(()) => {
+                    ring.parked = None;
+                    ring.pending = true;
+                }
+                Err(error) => {
+                    let why = format!("it is not in the new memory table: {error}");
+                    self.give_up(reactor, direction, why, shared);
+                }
+            }
+        }
+        self.memory = memory;
+    }
+
+    fn start<T: Copy + From<PairToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        direction: Direction,
+        config: &QueueConfig,
+        kick: Option<Arc<OwnedFd>>,
+        enabled: bool,
+    ) -> Reply {
+        self.stop(reactor, direction);
+        let mut queue = match SplitQueue::new(&self.memory, config) {
+            Ok(queue) => queue,
+            Err(error) => return Reply::Failed(format!("ring cannot start: {error}")),
+        };
+        queue.disable_kicks();
+        let half = self.half(direction);
+        half.epoch = half.epoch.wrapping_add(1);
+        half.call_in_flight = false;
+        half.call_again = false;
+        half.enabled = enabled;
+        // Looked at once without waiting for a kick: it may have come before we listened (vhost #343, #375).
+        half.ring =
+            Some(Ring { queue, kick, kick_poll: None, pending: true, listening: false, parked: None });
+        self.rearm_kick(reactor, direction);
+        self.watch_uplink(reactor);
+        Reply::Done
+    }
+
+    fn update(&mut self, direction: Direction, config: QueueConfig) -> Reply {
+        if direction == Direction::Receive
+            && let Some(ring) = &mut self.rx.ring
+        {
+            self.receiver.abandon(&mut ring.queue, &self.counters);
+        }
+        let memory = self.memory.clone();
+        let Some(ring) = &mut self.half(direction).ring else { return Reply::Done };
+        match SplitQueue::new(&memory, &QueueConfig { base: ring.queue.base(), ..config }) {
+            Ok(queue) => {
+                ring.queue = queue;
+                ring.listening = true;
+                ring.pending = true;
+                Reply::Done
+            }
+            Err(error) => Reply::Failed(format!("ring cannot move: {error}")),
+        }
+    }
+
+    fn rearm_kick<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, direction: Direction) {
+        let token = self.token(What::Kick(direction));
+        let Some(ring) = &mut self.half(direction).ring else { return };
+        if let Some(old) = ring.kick_poll.take() {
+            reactor.cancel(old);
+        }
+        // The eventfd is only polled, never read: each write wakes the poll, its counter tells us nothing
+        // more, and a counter that the peer empties or fills cannot make us wait.
+        ring.kick_poll = ring.kick.as_ref().map(|fd| reactor.poll(fd, libc::POLLIN, token.into()));
+    }
+
+    /// Polls the uplink for frames exactly while the receive ring can take some.
+    fn watch_uplink<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>) {
+        let wanted = self.rx.ring.is_some() && self.rx.enabled && !self.uplink_down;
+        match (wanted, self.uplink_poll) {
+            (true, None) => {
+                self.uplink_epoch = self.uplink_epoch.wrapping_add(1);
+                let token = self.token(What::UplinkReadable);
+                if let Some(fd) = self.uplink.readable() {
+                    self.uplink_poll = Some(reactor.poll(fd, libc::POLLIN, token.into()));
+                }
+            }
+            (false, Some(op)) => {
+                reactor.cancel(op);
+                self.uplink_poll = None;
+                self.uplink_readable = false;
+            }
+            _ => {}
+        }
+    }
+
+    /// Stops a ring, if it runs, and keeps its base.
+    fn stop<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, direction: Direction) {
+        let Some(mut ring) = self.half(direction).ring.take() else { return };
+        if let Some(op) = ring.kick_poll.take() {
+            reactor.cancel(op);
+        }
+        if direction == Direction::Receive {
+            self.receiver.abandon(&mut ring.queue, &self.counters);
+            self.receiver = Receiver::default();
+        }
+        self.half(direction).last_base = ring.queue.base();
+        self.watch_uplink(reactor);
+    }
+
+    /// Takes the completion of an operation of this pair.
+    pub fn completion<T: Copy + From<PairToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        token: PairToken,
+        done: &Done,
+        shared: &mut Shared,
+    ) {
+        if token != self.token(token.what) {
+            return; // of an earlier life
+        }
+        match (token.what, done) {
+            (What::Kick(direction), Done::Ready(result, more)) => {
+                self.counters.kicks.add(1);
+                let half = self.half(direction);
+                let Some(ring) = &mut half.ring else { return };
+                ring.pending = true;
+                if let Err(error) = result {
+                    let why = format!("its kick descriptor cannot be polled: {error}");
+                    self.give_up(reactor, direction, why, shared);
+                } else if !more {
+                    ring.kick_poll = None;
+                    self.rearm_kick(reactor, direction);
+                }
+            }
+            (What::UplinkReadable, Done::Ready(result, more)) => {
+                self.uplink_readable = true;
+                if !more {
+                    self.uplink_poll = None;
+                    if result.is_ok() {
+                        self.watch_uplink(reactor);
+                    }
+                }
+                if let Some(ring) = &mut self.rx.ring {
+                    ring.pending = true;
+                }
+            }
+            (What::UplinkWritable, _) => {
+                self.writable_poll = false;
+                if let Some(ring) = &mut self.tx.ring {
+                    ring.pending = true;
+                }
+            }
+            (What::Call(direction), Done::Signalled(result)) => {
+                let half = self.half(direction);
+                half.call_in_flight = false;
+                if let Err(error) = result {
+                    tracing::debug!(%error, "call eventfd");
+                } else if std::mem::take(&mut half.call_again) {
+                    half.notify(reactor, token);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Moves what there is to move, up to the turn's budget.
+    pub fn turn<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, shared: &mut Shared) {
+        self.queued = false;
+        self.transmit(reactor, shared);
+        self.receive(reactor, shared);
+        if self.memory.poisoned() {
+            self.fail_memory(reactor, shared);
+        }
+    }
+
+    fn transmit<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, shared: &mut Shared) {
+        let settings = TxSettings {
+            features: self.features,
+            header_len: features::header_len(self.features),
+            enabled: self.tx.enabled,
+        };
+        let token = self.token(What::Call(Direction::Transmit));
+        for _ in 0..BURSTS_PER_TURN {
+            let Some(ring) = self.tx.ring.as_mut().filter(|ring| ring.pending && ring.parked.is_none())
+            else {
+                return;
+            };
+            ring.ignore_kicks();
+            let queue = &mut ring.queue;
+            let (used, end) = tx::run(
+                queue,
+                &self.memory,
+                &mut *self.uplink,
+                &mut shared.chain,
+                settings,
+                &self.counters,
+                BURST,
+            );
+            let call = finish_burst(queue, used, &self.counters);
+            let outcome = match end {
+                End::Budget => Ok(()),
+                // Look once more after notifications are on again: a lost wake-up otherwise.
+                End::Idle if ring.kick.is_some() => queue.enable_kicks().map(|more| {
+                    ring.listening = true;
+                    ring.pending = more;
+                }),
+                End::Parked(range) => {
+                    ring.parked = Some(range);
+                    self.counters.parks.add(1);
+                    Ok(())
+                }
+                End::UplinkFull => {
+                    ring.pending = false;
+                    self.wait_writable(reactor);
+                    Ok(())
+                }
+                End::MemoryFault => {
+                    self.fail_memory(reactor, shared);
+                    return;
+                }
+                End::Broken(error) => Err(error),
+                End::Idle | End::NoBuffers | End::UplinkDown(_) => Ok(()),
+            };
+            if call {
+                self.tx.notify(reactor, token);
+            }
+            if let Err(error) = outcome {
+                self.give_up(reactor, Direction::Transmit, error.to_string(), shared);
+                return;
+            }
+            if used < BURST && self.tx.ring.as_ref().is_none_or(|ring| ring.kick.is_none()) {
+                return; // a polled ring: the others first
+            }
+        }
+    }
+
+    fn receive<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, shared: &mut Shared) {
+        if !self.rx.enabled {
+            return;
+        }
+        let settings = RxSettings::new(self.features);
+        let token = self.token(What::Call(Direction::Receive));
+        for _ in 0..BURSTS_PER_TURN {
+            let Some(ring) = self.rx.ring.as_mut().filter(|ring| ring.pending && ring.parked.is_none())
+            else {
+                return;
+            };
+            if !self.uplink_readable {
+                return;
+            }
+            ring.ignore_kicks();
+            let queue = &mut ring.queue;
+            let (used, end) = self.receiver.run(
+                queue,
+                &self.memory,
+                &mut *self.uplink,
+                &mut shared.scratch,
+                settings,
+                &self.counters,
+                BURST,
+            );
+            let call = finish_burst(queue, used, &self.counters);
+            let outcome = match end {
+                End::Budget => Ok(()),
+                End::Idle => {
+                    self.uplink_readable = false;
+                    Ok(())
+                }
+                End::NoBuffers if ring.kick.is_some() => queue.enable_kicks().map(|more| {
+                    ring.listening = true;
+                    ring.pending = more;
+                }),
+                End::Parked(range) => {
+                    ring.parked = Some(range);
+                    self.counters.parks.add(1);
+                    Ok(())
+                }
+                End::UplinkDown(why) => {
+                    self.uplink_readable = false;
+                    self.uplink_lost(reactor, why, shared);
+                    Ok(())
+                }
+                End::MemoryFault => {
+                    self.fail_memory(reactor, shared);
+                    return;
+                }
+                End::Broken(error) => Err(error),
+                End::NoBuffers | End::UplinkFull => Ok(()),
+            };
+            if call {
+                self.rx.notify(reactor, token);
+            }
+            if let Err(error) = outcome {
+                self.give_up(reactor, Direction::Receive, error.to_string(), shared);
+                return;
+            }
+            if self.rx.ring.as_ref().is_none_or(|ring| ring.kick.is_none()) {
+                return;
+            }
+        }
+    }
+
+    fn wait_writable<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>) {
+        let token = self.token(What::UplinkWritable);
+        if let Some(fd) = self.uplink.readable().filter(|_| !self.writable_poll) {
+            self.writable_poll = true;
+            reactor.poll_once(fd, libc::POLLOUT, token.into());
+        }
+    }
+
+    fn uplink_lost<T: Copy + From<PairToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        why: String,
+        shared: &mut Shared,
+    ) {
+        if !std::mem::replace(&mut self.uplink_down, true) {
+            shared.outbox.push(ToControl::Event(self.key, Event::UplinkDown(why)));
+        }
+        self.watch_uplink(reactor);
+    }
+
+    /// Stops a ring that cannot be used, and says so: error eventfd, counter, event.
+    fn give_up<T: Copy + From<PairToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        direction: Direction,
+        why: String,
+        shared: &mut Shared,
+    ) {
+        self.stop(reactor, direction);
+        self.counters.rings_broken.add(1);
+        let token = self.token(What::Error);
+        if let Some(fd) = &self.half(direction).error {
+            reactor.signal_event(fd, token.into());
+        }
+        shared.outbox.push(ToControl::Event(self.key, Event::RingBroken(direction, why)));
+    }
+
+    fn fail_memory<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, shared: &mut Shared) {
+        self.stop(reactor, Direction::Receive);
+        self.stop(reactor, Direction::Transmit);
+        self.memory = GuestMemory::empty();
+        shared.outbox.push(ToControl::Event(self.key, Event::MemoryFault));
+    }
+}
+
+/// Publishes a burst's used entries. True if the driver wants to be notified.
+fn finish_burst(queue: &mut SplitQueue, used: u32, counters: &PairCounters) -> bool {
+    if used == 0 {
+        return false;
+    }
+    queue.publish();
+    counters.bursts.add(1);
+    let call = queue.needs_call();
+    if call {
+        counters.calls.add(1);
+    }
+    call
+}

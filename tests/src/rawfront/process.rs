@@ -1,0 +1,203 @@
+//! The back-end as a process: started, watched from outside (log, fds, memory), and ended.
+#![forbid(unsafe_code)]
+
+use super::PATIENCE;
+use anyhow::{Context, Result, bail, ensure};
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Asks again and again until `done` or the time is over.
+pub fn eventually(patience: Duration, mut done: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + patience;
+    loop {
+        if done() {
+            return true;
+        }
+        if Instant::now() >= deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+/// A running back-end, with a folder of its own for its sockets. Ended when dropped.
+#[derive(Debug)]
+pub struct Backend {
+    child: Child,
+    folder: tempfile::TempDir,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Backend {
+    /// Starts a back-end with one `--uplink null` port for each name; see [`Self::socket`].
+    pub fn with_null_ports(names: &[&str], queue_pairs: u16) -> Result<Self> {
+        let port = |name: &&str| {
+            format!(
+                "[[port]]\nname = '{name}'\nsocket = '@/{name}.sock'\nuplink = 'null'\nqueue-pairs = {queue_pairs}\n"
+            )
+        };
+        Self::with_config(&names.iter().map(port).collect::<String>())
+    }
+
+    /// Starts a back-end with a configuration file; `@` stands for a fresh folder.
+    pub fn with_config(config: &str) -> Result<Self> {
+        let folder = tempfile::Builder::new().prefix("vun-").tempdir()?;
+        let file = folder.path().join("ports.toml");
+        std::fs::write(&file, config.replace('@', &folder.path().display().to_string()))?;
+        let args = ["--config".into(), file.display().to_string()];
+        Self::start(folder, &args)
+    }
+
+    /// Starts a back-end with options; `@` stands for a fresh folder.
+    pub fn with_options(options: &[&str]) -> Result<Self> {
+        let folder = tempfile::Builder::new().prefix("vun-").tempdir()?;
+        let place = folder.path().display().to_string();
+        let args: Vec<String> = options.iter().map(|o| o.replace('@', &place)).collect();
+        Self::start(folder, &args)
+    }
+
+    fn start(folder: tempfile::TempDir, args: &[String]) -> Result<Self> {
+        let program = crate::backend_binary()?;
+        let mut child = Command::new(&program)
+            .args(args)
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("start {}", program.display()))?;
+        let stderr = child.stderr.take().context("stderr")?;
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let sink = Arc::clone(&log);
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                sink.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+            }
+        });
+        Ok(Self { child, folder, log })
+    }
+
+    /// The socket of a port of [`Self::with_null_ports`].
+    pub fn socket(&self, name: &str) -> PathBuf {
+        self.folder.path().join(format!("{name}.sock"))
+    }
+
+    /// The folder that `@` stood for.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The process's id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Fails with the log if the process has ended.
+    pub fn check_alive(&mut self) -> Result<()> {
+        match self.child.try_wait()? {
+            None => Ok(()),
+            Some(status) => bail!("the back-end has ended ({status}):\n{}", self.log_text()),
+        }
+    }
+
+    /// Number of open fds.
+    pub fn fds(&self) -> Result<usize> {
+        Ok(std::fs::read_dir(format!("/proc/{}/fd", self.pid()))?.count())
+    }
+
+    /// What the open fds are, for messages.
+    pub fn fd_list(&self) -> Vec<String> {
+        let links = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).into_iter().flatten().flatten();
+        let mut list: Vec<String> = links
+            .filter_map(|entry| std::fs::read_link(entry.path()).ok())
+            .map(|target| target.display().to_string())
+            .collect();
+        list.sort();
+        list
+    }
+
+    /// Number of memory mappings.
+    pub fn mappings(&self) -> Result<usize> {
+        Ok(std::fs::read_to_string(format!("/proc/{}/maps", self.pid()))?.lines().count())
+    }
+
+    /// Resident memory that belongs to nobody else, in KiB (guest memory does not count).
+    pub fn rss_anon_kib(&self) -> Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        let line = status.lines().find(|l| l.starts_with("RssAnon:")).context("RssAnon")?;
+        line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).context("RssAnon's number")
+    }
+
+    /// Waits until the number of fds is back at `count`.
+    pub fn settle_at_fds(&self, count: usize) -> Result<()> {
+        let settled = eventually(PATIENCE, || self.fds().is_ok_and(|n| n == count));
+        ensure!(
+            settled,
+            "{} fds are open instead of {count}: {:#?}\n{}",
+            self.fds()?,
+            self.fd_list(),
+            self.log_text()
+        );
+        Ok(())
+    }
+
+    /// The log so far.
+    pub fn log_text(&self) -> String {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).join("\n")
+    }
+
+    /// How much the log has against a port: warnings, and what the port's last summary counts as refused (warnings
+    /// have a rate limit, and bad frames are only counted). Summaries are written when connections end.
+    pub fn complaints(&self, port: &str) -> u64 {
+        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        let lines = || log.iter().filter(|line| line.contains(port));
+        let warnings = lines().filter(|l| l.contains("WARN") || l.contains("ERROR")).count();
+        let summary = lines().filter(|l| l.contains("INFO")).map(|l| counted_against(l)).max();
+        warnings as u64 + summary.unwrap_or(0)
+    }
+
+    /// Ends the process by SIGTERM and returns how it ended.
+    pub fn terminate(&mut self) -> Result<ExitStatus> {
+        use nix::sys::signal::{Signal, kill};
+        use nix::unistd::Pid;
+        if self.child.try_wait()?.is_none() {
+            kill(Pid::from_raw(self.pid() as i32), Signal::SIGTERM)?;
+        }
+        let mut status = None;
+        let ended = eventually(PATIENCE, || {
+            status = self.child.try_wait().ok().flatten();
+            status.is_some()
+        });
+        ensure!(ended, "the back-end does not end after SIGTERM:\n{}", self.log_text());
+        status.context("status")
+    }
+}
+
+/// The sum of those counters in a summary line that speak of something refused.
+fn counted_against(line: &str) -> u64 {
+    const BAD: [&str; 8] = [
+        "refused",
+        "failures",
+        "rings_broken",
+        "rx_bad_chains",
+        "tx_bad_chains",
+        "tx_bad_header",
+        "tx_bad_length",
+        "tx_rejected",
+    ];
+    let pairs = line.split_whitespace().filter_map(|word| word.split_once('='));
+    let counts = pairs.filter(|(name, _)| BAD.contains(name)).filter_map(|(_, n)| n.parse::<u64>().ok());
+    counts.sum()
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- log of the back-end\n{}\n---", self.log_text());
+        }
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
