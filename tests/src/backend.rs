@@ -137,7 +137,8 @@ impl Backend {
     }
 }
 
-fn is_ours() -> bool {
+/// Whether the back-end under test is ours, and not the control.
+pub fn is_ours() -> bool {
     std::env::var_os(PEER).is_none_or(|peer| peer != "dpdk")
 }
 

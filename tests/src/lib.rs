@@ -13,6 +13,7 @@
 //! | `process`, `netns`, `wait` | children, namespaces with taps and bridges, polling |
 //! | `backend`, `qemu`, `qmp`, `serial`, `migration`, `testpmd` | the programs under test and their peers |
 //! | `ping`, `transfer`, `sniff` | the host's side of the traffic |
+//! | `virtio_user` | the same with DPDK's driver as the guest |
 //! | `wire` | numbered frames, put on a tap and captured from it |
 //! | `bed` | the usual arrangements of all these |
 //! | [`rawfront`] | a front-end that can do anything wrong, and a small driver that does it right |
@@ -33,11 +34,12 @@ mod serial;
 mod sniff;
 mod testpmd;
 mod transfer;
+mod virtio_user;
 mod wait;
 pub mod wire;
 
 pub use artefacts::{Artefacts, BACKEND, LAB_DIR, backend_binary, find_in_path, lab_dir};
-pub use backend::{Backend, BackendConfig};
+pub use backend::{Backend, BackendConfig, is_ours};
 pub use bed::{Bed, Place, bridged, pull, push, there_and_back};
 pub use migration::{Migration, MigrationReport};
 pub use netns::NetNs;
@@ -50,4 +52,5 @@ pub use serial::Shell;
 pub use sniff::Sniffer;
 pub use testpmd::{PortStats, Testpmd, TestpmdConfig};
 pub use transfer::{Amount, Digest, Sink, Source};
+pub use virtio_user::{Echo, VirtioUser, Wiring};
 pub use wait::{PATIENCE, until};

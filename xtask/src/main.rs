@@ -4,6 +4,7 @@
 //! tests (guests, back-ends, namespaces) is the `lab` crate in `tests/`.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod demo;
 mod fuzz;
 mod setup;
@@ -31,7 +32,8 @@ enum Task {
     Demo(demo::Options),
     /// Run the fuzz targets
     Fuzz(fuzz::Options),
-    // `Bench` has its place here: measurements against DPDK and bare system calls, by the crate in `bench/`.
+    /// Measure against DPDK and bare system calls, in one run
+    Bench(bench::Options),
 }
 
 fn main() -> ExitCode {
@@ -40,6 +42,7 @@ fn main() -> ExitCode {
         Task::Test(options) => suite::run(&options),
         Task::Demo(options) => demo::run(&options).map(|()| true),
         Task::Fuzz(options) => fuzz::run(&options),
+        Task::Bench(options) => bench::run(&options),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,

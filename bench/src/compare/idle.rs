@@ -59,7 +59,7 @@ pub fn watch(program: &Path, time: Duration) -> Result<Idle> {
     let mut text = String::new();
     for (i, socket) in sockets.iter().enumerate() {
         text.push_str(&format!(
-            "[[port]]\nname = \"idle{i}\"\nsocket-path = \"{}\"\nuplink = \"tap:idle{i}\"\n\n",
+            "[[port]]\nname = \"idle{i}\"\nsocket = \"{}\"\nuplink = \"tap:idle{i}\"\n\n",
             socket.display()
         ));
     }

@@ -16,7 +16,7 @@ use crate::interrupt;
 /// Pause between two looks at the tap's counters while it is drained. A look takes some 20 µs of the front-end's CPU.
 const LOOK: Duration = Duration::from_millis(2);
 /// A drain ends when nothing more was taken for so long.
-const STALL: Duration = Duration::from_millis(300);
+const STALL: Duration = Duration::from_secs(3);
 /// How long a front-end may take to count the last packets.
 const SETTLE: Duration = Duration::from_millis(50);
 

@@ -185,6 +185,7 @@ fn through_a_guest(
     link.set_queue_len(args.prefill as u32 + 1)?;
     for size in SIZES {
         frontend.set_frame_size(size)?;
+        eprintln!("  guest->tap {size} B");
         frontend.start_forwarding("txonly")?;
         interrupt::sleep(WARM_UP)?;
         cells.push((What::Transmit(size), measure::writing(backend, link, window)?.into()));
@@ -193,8 +194,10 @@ fn through_a_guest(
     frontend.start_forwarding("rxonly")?;
     for size in SIZES {
         interrupt::sleep(WARM_UP)?;
+        eprintln!("  tap->guest {size} B");
         let reading = measure::draining(backend, link, size, args.prefill, Some(frontend))?;
         cells.push((What::Receive(size), reading.into()));
+        eprintln!("  tap->guest {size} B, {} packets/s", args.pps);
         let reading = measure::at_rate(backend, link, size, args.pps, window, Some(frontend))?;
         cells.push((What::ReceiveCpu(size), reading.into()));
     }

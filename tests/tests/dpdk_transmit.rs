@@ -1,0 +1,61 @@
+//! DPDK's virtio-user driver sends: every packet that it handed over is on the tap, whole and once.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use lab::wire::check_udp;
+use lab::{VirtioUser, Wiring, scenario};
+
+const QUIET: Duration = Duration::from_millis(300);
+/// testpmd's frames are UDP from and to this port.
+const PORT: u16 = 9;
+
+fn transmit(name: &str, queue_pairs: u16, mergeable: bool) {
+    scenario(name, |lab| {
+        let mut rig = VirtioUser::start(lab, Wiring { queue_pairs, mergeable, mtu: 1500 })?;
+        for bytes in [64, 1500, 333] {
+            moment(&mut rig, bytes)?;
+        }
+        rig.stop()
+    });
+}
+
+fn moment(rig: &mut VirtioUser, bytes: usize) -> Result<()> {
+    let mut capture = rig.capture()?;
+    let before = rig.tap()?;
+    let queues = rig.send_for_a_moment(bytes)?;
+    ensure!(queues.iter().all(|&n| n > 0), "a queue sent nothing: {queues:?}");
+    let sent = queues.iter().sum();
+    rig.wait_for_tap(before, sent)?;
+    let mut captured = 0;
+    while let Some(frame) = capture.next(QUIET)? {
+        captured += 1;
+        ensure!(frame.len() == bytes, "frame {captured} has {} bytes instead of {bytes}", frame.len());
+        let udp = check_udp(frame)?;
+        ensure!((udp.source, udp.destination) == (PORT, PORT), "frame {captured}: {udp:?}");
+    }
+    ensure!(capture.lost()? == 0, "the capture lost frames: the test's own fault");
+    ensure!(captured == sent, "{captured} frames captured, {sent} sent");
+    eprintln!("{bytes} B: {sent} packets, by queue {queues:?}");
+    Ok(())
+}
+
+#[test]
+fn dpdk_transmit_one_pair() {
+    transmit("dpdk_transmit_one_pair", 1, true);
+}
+
+#[test]
+fn dpdk_transmit_one_pair_without_mergeable() {
+    transmit("dpdk_transmit_one_pair_without_mergeable", 1, false);
+}
+
+#[test]
+fn dpdk_transmit_four_pairs() {
+    transmit("dpdk_transmit_four_pairs", 4, true);
+}
+
+#[test]
+fn dpdk_transmit_four_pairs_without_mergeable() {
+    transmit("dpdk_transmit_four_pairs_without_mergeable", 4, false);
+}
