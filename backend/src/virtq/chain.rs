@@ -12,6 +12,9 @@ use crate::memory::{AccessError, GuestMemory, MissingRange};
 /// Descriptors of one chain; QEMU's limit as well (VIRTQUEUE_MAX_SIZE).
 pub const MAX_CHAIN: usize = 1024;
 
+/// Longest indirect table, bytes.
+const INDIRECT_LEN_MAX: u32 = u16::MAX as u32 * DESC_SIZE;
+
 /// A piece of guest memory as a descriptor names it. Not checked against the memory table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Segment {
@@ -51,7 +54,7 @@ pub enum ChainError {
     /// Flags INDIRECT and NEXT together (§2.7.5.3.1).
     #[error("an indirect descriptor with a next one")]
     IndirectWithNext,
-    /// The length of an indirect table is 0 or not a multiple of 16.
+    /// The length of an indirect table is 0, not a multiple of 16, or more than an index can reach.
     #[error("an indirect table of {0} bytes")]
     IndirectLength(u32),
     /// An indirect table that is not guest memory.
@@ -214,7 +217,7 @@ impl Chain {
             return Err(ChainError::IndirectWithNext.into());
         }
         let len = descriptor.len();
-        if len == 0 || !len.is_multiple_of(DESC_SIZE) {
+        if len == 0 || !len.is_multiple_of(DESC_SIZE) || len > INDIRECT_LEN_MAX {
             return Err(ChainError::IndirectLength(len).into());
         }
         let table = mem.indirect_table(descriptor.addr().0, len);
