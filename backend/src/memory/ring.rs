@@ -286,9 +286,8 @@ impl<'a> RingAccess<'a> {
     #[inline(always)]
     pub fn write_used(self, index: u16, id: u32, len: u32) {
         let slot = usize::from(index & self.view.mask);
-        let element = u64::from(id) | u64::from(len) << u32::BITS;
         // SAFETY: the masked slot lies in the used ring, 8 bytes each from +4 on.
-        unsafe { copy::store_word(self.view.used.add(RING + slot * USED_ELEM).as_ptr(), element) };
+        unsafe { copy::store_two_halves(self.view.used.add(RING + slot * USED_ELEM).as_ptr(), id, len) };
     }
 
     /// Stores `used.idx` with release, and logs it and the elements `from..to`, which were written before.

@@ -77,13 +77,15 @@ impl From<ChainError> for WalkError {
 
 /// A chain taken from a queue. Reusable, without allocation; 16 KiB, most of which is never touched.
 /// The size is not a power of two, so that the first lines of chains in an array do not compete for the same cache sets.
+/// The counts stand beside the first segments, so that a short chain takes one or two lines.
 #[derive(Clone)]
+#[repr(C)]
 pub struct Chain {
+    readable_len: u64,
+    writable_len: u64,
     head: u16,
     readable: u16,
     count: u16,
-    readable_len: u64,
-    writable_len: u64,
     segments: [Segment; MAX_CHAIN],
 }
 
