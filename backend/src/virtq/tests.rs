@@ -5,3 +5,4 @@ mod differential;
 mod driver;
 mod migration;
 mod regressions;
+mod threads;
