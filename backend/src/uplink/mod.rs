@@ -9,6 +9,8 @@
 
 pub mod null;
 pub mod tap;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use crate::memory::IoVec;
 use std::io;
