@@ -244,7 +244,9 @@ impl Receiver {
         let mut capacity = 0;
         while capacity < want && heads.len() < CHAINS_MAX {
             match take_chain(context, chain, heads.is_empty()) {
-                Ok(Taken::Chain) if heads.is_empty() || segments.len() + chain.writable().len() <= PIECES_MAX => {
+                Ok(Taken::Chain)
+                    if heads.is_empty() || segments.len() + chain.writable().len() <= PIECES_MAX =>
+                {
                     capacity += chain.writable_len();
                     heads.push((chain.head(), chain.writable_len()));
                     segments.extend_from_slice(chain.writable());

@@ -50,11 +50,7 @@ pub(crate) struct FakeUplink {
 impl FakeUplink {
     pub(crate) fn new() -> Self {
         let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap();
-        Self {
-            state: Arc::default(),
-            stage: Arc::new(memfd(STAGE_BYTES)),
-            event: Arc::new(event.into()),
-        }
+        Self { state: Arc::default(), stage: Arc::new(memfd(STAGE_BYTES)), event: Arc::new(event.into()) }
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {

@@ -1,7 +1,7 @@
 //! One ring, one path, one uplink, and what a guest sees of them.
 #![forbid(unsafe_code)]
 
-use crate::memory::testing::{memfd, USER_BASE};
+use crate::memory::testing::{USER_BASE, memfd};
 use crate::memory::{DirtyLog, GuestMemory, ResidencyMap};
 use crate::net::counters::{PairCounters, PairCounts};
 use crate::net::rx::{Receiver, RxSettings, Scratch};

@@ -191,12 +191,8 @@ fn a_ring_outside_memory_does_not_start() {
     let mut rig = Rig::new();
     let mut config = rig.tx.config;
     config.used_user += MEM_SIZE;
-    let reply = rig.command(Command::Start {
-        direction: Transmit,
-        config,
-        kick: Some(nonblocking()),
-        enabled: true,
-    });
+    let reply =
+        rig.command(Command::Start { direction: Transmit, config, kick: Some(nonblocking()), enabled: true });
     assert!(matches!(reply, Reply::Failed(why) if why.contains("Used")));
     assert_eq!(rig.stop(Transmit), 0);
 }

@@ -10,7 +10,7 @@ use crate::virtq::tests::driver::{Driver, MEM_SIZE, WRITE};
 use crate::worker::datapath::Datapath;
 use crate::worker::{Attachment, Command, Direction, Event, PairKey, PairToken, Reply, ToControl};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -96,10 +96,9 @@ impl Rig {
         };
         rig.done(Command::Features(FEATURES));
         rig.done(Command::Memory(memory));
-        for (direction, fd) in [
-            (Direction::Receive, rig.rx_call.clone()),
-            (Direction::Transmit, rig.tx_call.clone()),
-        ] {
+        for (direction, fd) in
+            [(Direction::Receive, rig.rx_call.clone()), (Direction::Transmit, rig.tx_call.clone())]
+        {
             rig.done(Command::Call { direction, fd: Some(fd) });
         }
         rig
@@ -190,6 +189,15 @@ impl Rig {
         }
     }
 
+    /// Turns until `what` holds.
+    pub fn settle_until(&mut self, mut what: impl FnMut(&mut Self) -> bool) {
+        let began = Instant::now();
+        while !what(self) {
+            self.turn();
+            assert!(began.elapsed() < Duration::from_secs(20), "it never came");
+        }
+    }
+
     /// The guest sends a frame of `len` bytes that begins with `mark`; no kick.
     pub fn guest_sends(&mut self, mark: u8, len: u32) {
         let slot = self.tx.avail_idx() % SIZE;
@@ -226,9 +234,8 @@ impl Rig {
         map
     }
 
-    /// True if the operating system has closed all but our own descriptors of this eventfd.
+    /// How many places of the program hold this descriptor.
     pub fn holders(fd: &Arc<OwnedFd>) -> usize {
-        let _ = fd.as_raw_fd();
         Arc::strong_count(fd)
     }
 }
