@@ -16,7 +16,7 @@
 use super::counters::PairCounters;
 use super::features;
 use super::tx::{BURST_BYTES, End};
-use crate::memory::{AccessError, GuestMemory, IoVecs, MAX_IOVECS};
+use crate::memory::{AccessError, GuestMemory, IoVecStorage, IoVecs, MAX_IOVECS};
 use crate::uplink::{ReceiveError, UplinkQueue};
 use crate::virtq::{Chain, PopError, Segment, SplitQueue};
 use virtio_bindings::virtio_net as vn;
@@ -28,6 +28,8 @@ pub const SPILL_BYTES: usize = 68 * 1024;
 const CHAINS_MAX: usize = 1024;
 /// Guest pieces that one frame may be received into: what a call takes, less the spill.
 const PIECES_MAX: usize = MAX_IOVECS - 1;
+/// Bad chains that one frame steps over before others have their turn; each can cost a walk over 1024 descriptors.
+const REFUSED_MAX: u32 = 8;
 /// Where num_buffers stands in the header, bytes (VIRTIO 1.3 §5.1.6).
 const NUM_BUFFERS_OFFSET: u64 = 10;
 
@@ -55,6 +57,7 @@ pub struct Scratch {
     chain: Chain,
     segments: Vec<Segment>,
     heads: Vec<(u16, u64)>,
+    iovecs: IoVecStorage,
     spill: Box<[u8]>,
 }
 
@@ -64,6 +67,7 @@ impl Default for Scratch {
             chain: Chain::new(),
             segments: Vec::with_capacity(CHAINS_MAX),
             heads: Vec::with_capacity(CHAINS_MAX),
+            iovecs: IoVecStorage::default(),
             spill: vec![0; SPILL_BYTES].into_boxed_slice(),
         }
     }
@@ -115,6 +119,11 @@ impl Receiver {
         }
     }
 
+    /// True if a frame waits for more buffers: then there is work without the uplink having any.
+    pub fn holds_frame(&self) -> bool {
+        self.held.waits
+    }
+
     /// Moves up to `budget` frames from the uplink to the ring. Used entries are pushed but not published:
     /// the caller publishes and notifies once for the burst. Returns how many chains were used and why it
     /// ended.
@@ -156,14 +165,14 @@ impl Receiver {
         scratch: &mut Scratch,
     ) -> Result<(), End> {
         let capacity = self.gather(context, scratch)?;
-        let Scratch { chain, segments, heads, spill } = scratch;
+        let Scratch { chain, segments, heads, iovecs, spill } = scratch;
         let Context { ring, memory, counters, settings, .. } = context;
         if heads.is_empty() {
             return Ok(());
         }
         let received = {
-            let mut iovecs = IoVecs::new();
-            offer(memory, segments, &mut iovecs).map(|()| {
+            let iovecs = iovecs.begin();
+            offer(memory, segments, iovecs).map(|()| {
                 iovecs.push_own_mut(spill);
                 uplink.receive(iovecs.as_slice())
             })
@@ -297,6 +306,7 @@ impl Held {
         rest: &[u8],
         placed: &mut usize,
     ) -> Result<(), End> {
+        let mut refused = 0;
         while *placed < rest.len() {
             match context.ring.pop(context.memory, chain) {
                 Ok(true) => {}
@@ -312,6 +322,10 @@ impl Held {
                     // Ring order: the chain completes with the frame, as a part of no bytes.
                     context.counters.rx_bad_chains.add(1);
                     self.filled.push((head, 0));
+                    refused += 1;
+                    if refused == REFUSED_MAX {
+                        return Err(End::Budget); // a ring full of bad chains must not take the turn
+                    }
                     continue;
                 }
                 Err(PopError::Missing(range)) => return Err(End::Parked(range)),

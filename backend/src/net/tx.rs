@@ -5,20 +5,13 @@
 #![forbid(unsafe_code)]
 
 use super::counters::PairCounters;
-use super::header::VirtioNetHdr;
-use crate::memory::{AccessError, GuestMemory, IoVecs, MAX_IOVECS, MissingRange};
+use super::header::{FRAME_LEN_MAX, FRAME_LEN_MIN, HDR_LEN, VirtioNetHdr};
+use crate::memory::{AccessError, GuestMemory, IoVecStorage, MAX_IOVECS, MissingRange};
 use crate::uplink::{SendError, UplinkQueue};
 use crate::virtq::{Chain, PopError, QueueError, SplitQueue};
 
-/// Shortest frame taken from a guest: an Ethernet header, bytes.
-pub const FRAME_MIN: u64 = 14;
-/// Longest frame taken from a guest: a 64 KiB packet with Ethernet header and two VLAN tags, bytes.
-pub const FRAME_MAX: u64 = 65_535 + 14 + 8;
 /// Bytes of frames after which a burst ends: large frames must not make other queues wait.
 pub const BURST_BYTES: u64 = 512 << 10;
-/// Longest virtio-net header, bytes.
-pub const HEADER_MAX: usize = 12;
-
 /// Why a run over a ring ended.
 #[derive(Debug)]
 pub enum End {
@@ -51,17 +44,25 @@ pub struct TxSettings {
     pub enabled: bool,
 }
 
+/// Buffers that a worker shares between the transmit paths of all its pairs.
+#[derive(Default)]
+pub struct Scratch {
+    chain: Chain,
+    iovecs: IoVecStorage,
+}
+
 /// Moves up to `budget` frames from the ring to the uplink. Used entries are pushed but not published: the
 /// caller publishes and notifies once for the burst. Returns how many chains were used and why it ended.
 pub fn run(
     ring: &mut SplitQueue,
     memory: &GuestMemory,
     uplink: &mut dyn UplinkQueue,
-    chain: &mut Chain,
+    scratch: &mut Scratch,
     settings: TxSettings,
     counters: &PairCounters,
     budget: u32,
 ) -> (u32, End) {
+    let Scratch { chain, iovecs } = scratch;
     let mut used = 0;
     let (mut packets, mut bytes) = (0, 0);
     let end = loop {
@@ -87,7 +88,7 @@ pub fn run(
             used += 1;
             continue;
         }
-        match send(memory, uplink, chain, settings) {
+        match send(memory, uplink, chain, iovecs, settings) {
             Ok(len) => {
                 packets += 1;
                 bytes += len;
@@ -140,16 +141,17 @@ fn send(
     memory: &GuestMemory,
     uplink: &mut dyn UplinkQueue,
     chain: &Chain,
+    iovecs: &mut IoVecStorage,
     settings: TxSettings,
 ) -> Result<u64, Refusal> {
     let header_len = settings.header_len;
     let frame_len = chain.readable_len().wrapping_sub(header_len as u64);
     // A chain shorter than the header wraps round to a huge length.
-    if !(FRAME_MIN..=FRAME_MAX).contains(&frame_len) {
+    if !(FRAME_LEN_MIN..=FRAME_LEN_MAX).contains(&frame_len) {
         return Err(Refusal::Length);
     }
     // ANY_LAYOUT: the header may share a descriptor with the frame, or be spread over several.
-    let mut header = [0; HEADER_MAX];
+    let mut header = [0; HDR_LEN];
     let mut segments = chain.readable().iter();
     let mut have = 0;
     let mut rest = (0, 0);
@@ -166,13 +168,13 @@ fn send(
     }
     // num_buffers has no meaning on transmit (VIRTIO 1.3 §5.1.6.2): what the guest wrote there stays here.
     header[10..].fill(0);
-    let mut iovecs = IoVecs::new();
+    let iovecs = iovecs.begin();
     iovecs.push_own(&header[..header_len]);
     if rest.1 > 0 {
-        memory.push_iovecs(rest.0, rest.1, &mut iovecs)?;
+        memory.push_iovecs(rest.0, rest.1, iovecs)?;
     }
     for segment in segments {
-        memory.push_iovecs(segment.gpa, segment.len, &mut iovecs)?;
+        memory.push_iovecs(segment.gpa, segment.len, iovecs)?;
     }
     // More than a call takes, the header included: the kernel would refuse it (EINVAL).
     if iovecs.len() > MAX_IOVECS {

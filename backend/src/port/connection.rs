@@ -4,8 +4,9 @@
 //! its rings are stopped.
 #![forbid(unsafe_code)]
 
+use super::fds;
 use crate::config;
-use crate::reactor::{Incoming, OpId, Outgoing, Reactor};
+use crate::reactor::{Incoming, OpId, Outgoing, Reactor, close_late};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, getsockopt, socket, sockopt};
 use std::collections::VecDeque;
 use std::io;
@@ -20,8 +21,8 @@ use std::time::Duration;
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 /// Longest pause before a client connects again.
 const BACKOFF_MAX: Duration = Duration::from_secs(3);
-/// Replies that may wait to be sent; a front-end that reads none of them is cut off.
-pub const OUTBOX_MAX: usize = 256;
+/// Replies that may wait to be sent; no further messages are taken up until the front-end has read some.
+const OUTBOX_MAX: usize = 64;
 
 /// Where a port's connections come from.
 pub enum Endpoint {
@@ -77,8 +78,7 @@ impl Endpoint {
                 Self::Connect { path: path.clone(), backoff: BACKOFF_MIN, attempt: None }
             }
             config::Endpoint::Fd(raw) => {
-                let fd =
-                    super::fds::inherit_socket(*raw).map_err(|error| EndpointError::BadFd(*raw, error))?;
+                let fd = fds::inherit_socket(*raw).map_err(|error| EndpointError::BadFd(*raw, error))?;
                 if getsockopt(&fd, sockopt::AcceptConn).unwrap_or(false) {
                     Self::Listen { listener: Arc::new(fd), path: None }
                 } else {
@@ -162,14 +162,15 @@ impl Connection {
         self.receive = None;
     }
 
-    /// Sends a message after those that wait. False if too many wait.
-    pub fn send<T: Copy>(&mut self, reactor: &mut Reactor<T>, bytes: Vec<u8>, token: T) -> bool {
-        if self.outbox.len() >= OUTBOX_MAX {
-            return false;
-        }
+    /// Whether so many replies wait that no more messages should be taken up.
+    pub fn is_full(&self) -> bool {
+        self.outbox.len() >= OUTBOX_MAX
+    }
+
+    /// Sends a message after those that wait.
+    pub fn send<T: Copy>(&mut self, reactor: &mut Reactor<T>, bytes: Vec<u8>, token: T) {
         self.outbox.push_back(bytes);
         self.send_next(reactor, token);
-        true
     }
 
     fn send_next<T: Copy>(&mut self, reactor: &mut Reactor<T>, token: T) {
@@ -211,6 +212,12 @@ impl Connection {
     pub fn end<T: Copy>(self, reactor: &mut Reactor<T>) {
         if let Some(op) = self.sending {
             reactor.cancel(op);
+        }
+        // Messages that nobody has read go with the socket, and with them descriptors of any kind.
+        if fds::has_unread(&self.socket)
+            && let Ok(copy) = self.socket.try_clone()
+        {
+            close_late(copy);
         }
     }
 }

@@ -233,8 +233,11 @@ impl Control {
             (PortOp::Send, Done::Sent(result, message)) => {
                 let token = self.token(id, PortOp::Send).into();
                 let Some(connection) = self.ports[id].connection.as_mut() else { return };
-                if let Err(error) = connection.sent(reactor, result, message, token) {
-                    self.close(reactor, id, &format!("control socket: {error}"));
+                let was_full = connection.is_full();
+                match connection.sent(reactor, result, message, token) {
+                    Err(error) => self.close(reactor, id, &format!("control socket: {error}")),
+                    Ok(()) if was_full => self.drive(reactor, id),
+                    Ok(()) => {}
                 }
             }
             _ => {}
@@ -280,15 +283,15 @@ impl Control {
                 }
             }
             let port = &mut self.ports[id];
+            if port.connection.as_ref().is_some_and(Connection::is_full) {
+                return; // go on when the front-end has read some replies
+            }
             let Some(step) = port.session.as_mut().and_then(|session| session.step()) else { break };
             match step {
                 Step::Send(bytes) => {
                     let token = self.token(id, PortOp::Send).into();
                     let Some(connection) = self.ports[id].connection.as_mut() else { break };
-                    if !connection.send(reactor, bytes, token) {
-                        self.ports[id].failures += 1;
-                        return self.close(reactor, id, "front-end reads no replies");
-                    }
+                    connection.send(reactor, bytes, token);
                 }
                 Step::Effect(effect) => port.begin(effect),
                 Step::Warn(notice) => port.warn(&notice),

@@ -1,12 +1,24 @@
 //! What a file descriptor from a front-end really is. Hostile until checked (PROTOCOL: Framing).
+use crate::reactor::PeerFd;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-/// Checks that a descriptor is an eventfd: a pipe or a socket could make its writer wait, or tell us nothing.
+/// The descriptor, if it is an eventfd: a pipe or a socket could make its writer wait, or tell us nothing.
 ///
 /// # Errors
 /// What it is instead.
-pub fn check_eventfd(fd: &OwnedFd) -> Result<(), String> {
+pub fn eventfd(fd: PeerFd) -> Result<OwnedFd, String> {
+    let fd = fd.into_owned();
+    match check_eventfd(&fd) {
+        Ok(()) => Ok(fd),
+        Err(why) => {
+            drop(PeerFd::from(fd));
+            Err(why)
+        }
+    }
+}
+
+fn check_eventfd(fd: &OwnedFd) -> Result<(), String> {
     let link = nix::fcntl::readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()).as_str())
         .map_err(|error| format!("the descriptor cannot be identified (/proc is needed): {error}"))?;
     let link = link.to_string_lossy();
@@ -16,6 +28,14 @@ pub fn check_eventfd(fd: &OwnedFd) -> Result<(), String> {
     // Names of files are not repeated in logs: only their kind.
     let kind = link.split(':').next().filter(|_| !link.starts_with('/')).unwrap_or("file");
     Err(format!("the descriptor is not an eventfd but a {kind}"))
+}
+
+/// Whether bytes wait in a socket that nobody has read; also if the socket cannot tell.
+pub fn has_unread(socket: &OwnedFd) -> bool {
+    let mut unread: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int through the pointer, which is a live local.
+    let asked = unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut unread) };
+    asked != 0 || unread > 0
 }
 
 /// Takes over a descriptor that was passed on the command line, if it is a socket.

@@ -23,12 +23,12 @@ use crate::config::PortConfig;
 use crate::memory::{DirtyLog, GuestMemory};
 use crate::net::counters::{PairCounters, PairCounts};
 use crate::net::features;
+use crate::reactor::PeerFd;
 use crate::session::{ConfigSpace, Session, SessionConfig, protocol_feature};
 use crate::uplink::{FrameFormat, Uplink};
 use connection::Connection;
 use limit::LogLimit;
 use plan::Plan;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// Most memory slots offered to a front-end that adds regions one by one (CONFIGURE_MEM_SLOTS). QEMU takes the
@@ -49,7 +49,7 @@ pub struct Port {
     pub counters: Vec<Arc<PairCounters>>,
     pub(crate) endpoint: connection::Endpoint,
     pub(crate) connection: Option<Connection>,
-    pub(crate) session: Option<Session<OwnedFd>>,
+    pub(crate) session: Option<Session<PeerFd>>,
     pub(crate) memory: GuestMemory,
     pub(crate) log: Option<Arc<DirtyLog>>,
     pub(crate) log_on: bool,
@@ -57,7 +57,7 @@ pub struct Port {
     pub(crate) live: Vec<bool>,
     pub(crate) plan: Plan,
     /// Messages from us to the front-end would go here; none is needed so far.
-    pub(crate) backend_channel: Option<OwnedFd>,
+    pub(crate) backend_channel: Option<PeerFd>,
     /// The frame format that the uplink was last told.
     pub(crate) format: Option<FrameFormat>,
     mem_slots: u64,
@@ -125,7 +125,7 @@ impl Port {
     }
 
     /// A session for a new connection.
-    pub(crate) fn new_session(&self) -> Session<OwnedFd> {
+    pub(crate) fn new_session(&self) -> Session<PeerFd> {
         use protocol_feature as pf;
         let capabilities = self.uplink.capabilities();
         let mut protocol_features = pf::MQ

@@ -6,6 +6,7 @@ use super::helper::Job;
 use super::{Port, fds};
 use crate::memory::{GuestMemory, Mapping, RegionSpec};
 use crate::net::features;
+use crate::reactor::PeerFd;
 use crate::session::{Effect, Outcome, RingConfig};
 use crate::virtq::QueueConfig;
 use crate::worker::{Command, Direction};
@@ -80,25 +81,28 @@ fn release<M: Any + Send>(memory: M) -> Step {
 
 impl Port {
     /// Starts to carry out an effect.
-    pub(crate) fn begin(&mut self, effect: Effect<OwnedFd>) {
+    pub(crate) fn begin(&mut self, effect: Effect<PeerFd>) {
         self.plan = Plan { purpose: Purpose::Effect, ..Plan::default() };
         if let Err(why) = self.prepare(effect) {
             self.plan.refuse(why);
         }
     }
 
-    fn prepare(&mut self, effect: Effect<OwnedFd>) -> Result<(), String> {
+    fn prepare(&mut self, effect: Effect<PeerFd>) -> Result<(), String> {
         match effect {
             Effect::SetMemTable { regions } => {
                 self.plan.mapping = MapFor::Replace;
+                let regions = regions.into_iter().map(|(region, fd)| (region, fd.into_owned())).collect();
                 self.push(Step::Job(Job::Map(regions)));
             }
             Effect::AddMemReg { region, fd } => {
                 self.plan.mapping = MapFor::Add;
-                self.push(Step::Job(Job::Map(vec![(region, fd)])));
+                self.push(Step::Job(Job::Map(vec![(region, fd.into_owned())])));
             }
             Effect::RemMemReg { region } => self.remove_region(&region)?,
-            Effect::SetLogBase { size, offset, fd } => self.push(Step::Job(Job::MapLog { fd, size, offset })),
+            Effect::SetLogBase { size, offset, fd } => {
+                self.push(Step::Job(Job::MapLog { fd: fd.into_owned(), size, offset }));
+            }
             Effect::SetFeatures { features, log_all } => self.set_features(features, log_all),
             Effect::StartRing { index, config, kick } => self.start_ring(index, config, kick)?,
             Effect::UpdateRing { index, config } => {
@@ -213,7 +217,7 @@ impl Port {
         (std::mem::take(live) && pair > 0).then(|| Job::LeaveSteering(self.uplink.clone(), pair))
     }
 
-    fn start_ring(&mut self, index: u16, config: RingConfig, kick: Option<OwnedFd>) -> Result<(), String> {
+    fn start_ring(&mut self, index: u16, config: RingConfig, kick: Option<PeerFd>) -> Result<(), String> {
         let kick = checked(kick)?;
         let (direction, enabled) = (Direction::of_ring(index), config.enabled);
         self.steer(index, enabled);
@@ -316,8 +320,8 @@ impl Port {
     }
 }
 
-fn checked(fd: Option<OwnedFd>) -> Result<Option<Arc<OwnedFd>>, String> {
-    fd.map(|fd| fds::check_eventfd(&fd).map(|()| Arc::new(fd))).transpose()
+fn checked(fd: Option<PeerFd>) -> Result<Option<Arc<OwnedFd>>, String> {
+    fd.map(|fd| fds::eventfd(fd).map(Arc::new)).transpose()
 }
 
 fn queue_config(config: &RingConfig) -> QueueConfig {

@@ -3,6 +3,7 @@
 //! Lives here: the buffers that an operation owns while the kernel uses them, and the one place that takes
 //! descriptors out of a control buffer. Not here: what the bytes mean (`session`).
 
+use super::stranger::PeerFd;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
@@ -70,7 +71,7 @@ impl Incoming {
 
     /// Takes the descriptors of the read out of the control buffer. Each is handed out once, or a stand-in for it
     /// if it is of a kind that could make whoever closes it wait.
-    pub fn take_fds(&mut self) -> Vec<OwnedFd> {
+    pub fn take_fds(&mut self) -> Vec<PeerFd> {
         let mut fds = Vec::new();
         // SAFETY: `header` describes `control`, whose first msg_controllen bytes the kernel filled; the CMSG
         // macros walk within that length. Every SCM_RIGHTS number is a new descriptor of this process that

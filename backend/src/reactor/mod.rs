@@ -15,4 +15,4 @@ pub use mailbox::{Mailbox, Postbox};
 pub use message::{Incoming, Outgoing};
 pub use probe::SetupError;
 pub use ring::{Done, OpId, Reactor};
-pub use stranger::crowd;
+pub use stranger::{PeerFd, close_late, crowd};

@@ -5,6 +5,9 @@
 //! legal or not. So every descriptor that arrives is looked at, by means that ask no file system: the
 //! kinds that some message takes pass; of any other kind a stand-in passes, which the receiver refuses like any wrong
 //! descriptor, and the stranger is closed by a thread that may wait.
+//!
+//! Descriptors of the kinds that pass can take their time, too, if nobody else has the file: a memfd frees its pages, a
+//! Unix socket what is queued in it, other strangers perhaps. So a [`PeerFd`] that nobody takes is closed there as well.
 #![forbid(unsafe_code)]
 
 use nix::fcntl::{FcntlArg, fcntl, readlink};
@@ -14,12 +17,15 @@ use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread::Builder;
+use std::time::Duration;
 
 /// Threads that close strangers at the same time; more strangers wait until one of these is through.
 const CLOSERS_MAX: usize = 4;
 /// Stack of such a thread, bytes: it makes one system call.
 const CLOSER_STACK: usize = 64 << 10;
 
+/// How long users of a file have until [`close_late`] closes it.
+const LATE: Duration = Duration::from_millis(100);
 /// Strangers that may wait for their end; beyond that, whoever brings more is not listened to (see [`crowd`]).
 const STRANGERS_MAX: usize = 64;
 
@@ -27,7 +33,7 @@ struct Waiting {
     /// Threads, busy and idle. They stay: starting one for each stranger would cost more than it is worth.
     closers: usize,
     idle: usize,
-    queue: VecDeque<RawFd>,
+    queue: VecDeque<(RawFd, Duration)>,
 }
 
 static WAITING: Mutex<Waiting> = Mutex::new(Waiting { closers: 0, idle: 0, queue: VecDeque::new() });
@@ -37,14 +43,45 @@ static ARRIVED: Condvar = Condvar::new();
 /// then the receiver misses it, which it refuses as well.
 ///
 /// `strangers` is increased if it is a stranger.
-pub(super) fn admit(fd: OwnedFd, strangers: &mut usize) -> Option<OwnedFd> {
-    if closes_at_once(&fd) {
-        return Some(fd);
+pub(super) fn admit(fd: OwnedFd, strangers: &mut usize) -> Option<PeerFd> {
+    if is_familiar(&fd) {
+        return Some(PeerFd(Some(fd)));
     }
     *strangers += 1;
-    close_elsewhere(fd);
+    close_elsewhere(fd, Duration::ZERO);
     // The reading end of a pipe whose writing end is closed: no message takes it.
-    pipe().ok().map(|(read, _)| read)
+    pipe().ok().map(|(read, _)| PeerFd(Some(read)))
+}
+
+/// A descriptor from a peer. Dropped, it is closed without the dropping thread waiting for anything.
+#[derive(Debug)]
+pub struct PeerFd(Option<OwnedFd>);
+
+impl PeerFd {
+    /// The descriptor itself, from now on in the care of the caller, who may close it where that can take its time.
+    pub fn into_owned(mut self) -> OwnedFd {
+        self.0.take().expect("it is taken only here, and this consumes self")
+    }
+}
+
+impl From<OwnedFd> for PeerFd {
+    fn from(fd: OwnedFd) -> Self {
+        Self(Some(fd))
+    }
+}
+
+impl Drop for PeerFd {
+    fn drop(&mut self) {
+        if let Some(fd) = self.0.take().filter(|fd| !is_light(fd)) {
+            close_elsewhere(fd, Duration::ZERO);
+        }
+    }
+}
+
+/// Closes another descriptor of a file after a moment in which its users let go of theirs: whatever that file holds is
+/// then freed by a thread that may wait.
+pub fn close_late(fd: OwnedFd) {
+    close_elsewhere(fd, LATE);
 }
 
 /// Whether more strangers wait for their end than should. They hold descriptors of this process, which others need:
@@ -54,24 +91,31 @@ pub fn crowd() -> bool {
     waiting.closers - waiting.idle + waiting.queue.len() > STRANGERS_MAX
 }
 
-/// Whether closing cannot wait. None of these questions reaches a file system or a driver.
-fn closes_at_once(fd: &OwnedFd) -> bool {
+/// Whether some message takes this kind. None of these questions reaches a file system or a driver.
+fn is_familiar(fd: &OwnedFd) -> bool {
     // memfd, tmpfs, hugetlbfs: guest memory and logs.
-    if fcntl(fd, FcntlArg::F_GET_SEALS).is_ok() || fcntl(fd, FcntlArg::F_GETPIPE_SZ).is_ok() {
+    if fcntl(fd, FcntlArg::F_GET_SEALS).is_ok() {
         return true;
     }
     if let Ok(address) = getsockname::<SockaddrStorage>(fd.as_raw_fd()) {
         return address.family() == Some(AddressFamily::Unix);
     }
-    // The link's text is made by the kernel, of what it has in memory.
-    readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()).as_str()).is_ok_and(|l| l == "anon_inode:[eventfd]")
+    is_light(fd)
 }
 
-fn close_elsewhere(fd: OwnedFd) {
+/// Whether closing is always quick.
+fn is_light(fd: &OwnedFd) -> bool {
+    // The link's text is made by the kernel, of what it has in memory.
+    fcntl(fd, FcntlArg::F_GETPIPE_SZ).is_ok()
+        || readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()).as_str())
+            .is_ok_and(|link| link == "anon_inode:[eventfd]")
+}
+
+fn close_elsewhere(fd: OwnedFd, pause: Duration) {
     // As a number: an error on the way to the thread must leave it open rather than close it here.
     let fd = fd.into_raw_fd();
     let mut waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
-    waiting.queue.push_back(fd);
+    waiting.queue.push_back((fd, pause));
     let closer = || Builder::new().name("closer".into()).stack_size(CLOSER_STACK);
     let more = waiting.queue.len() > waiting.idle && waiting.closers < CLOSERS_MAX;
     if more && closer().spawn(close_strangers).is_ok() {
@@ -84,8 +128,9 @@ fn close_elsewhere(fd: OwnedFd) {
 fn close_strangers() {
     let mut waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
     loop {
-        if let Some(fd) = waiting.queue.pop_front() {
+        if let Some((fd, pause)) = waiting.queue.pop_front() {
             drop(waiting);
+            std::thread::sleep(pause);
             let _ = close(fd);
             waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
         } else {
@@ -100,7 +145,7 @@ fn close_strangers() {
 mod tests {
     use super::*;
     use std::os::unix::net::UnixStream;
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     #[test]
     fn kinds_that_messages_take_pass() {
@@ -110,7 +155,7 @@ mod tests {
         for fd in [memfd, event, unix, pipe().unwrap().1] {
             let number = fd.as_raw_fd();
             let mut strangers = 0;
-            assert_eq!(admit(fd, &mut strangers).map(|fd| fd.as_raw_fd()), Some(number));
+            assert_eq!(admit(fd, &mut strangers).map(|fd| fd.into_owned().as_raw_fd()), Some(number));
             assert_eq!(strangers, 0);
         }
     }
@@ -122,7 +167,7 @@ mod tests {
         let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let name = tcp.local_addr().unwrap();
         let mut strangers = 0;
-        let stand_in = admit(file.into(), &mut strangers).unwrap();
+        let stand_in = admit(file.into(), &mut strangers).unwrap().into_owned();
         assert!(fcntl(&stand_in, FcntlArg::F_GETPIPE_SZ).is_ok());
         admit(tcp.into(), &mut strangers).unwrap();
         assert_eq!(strangers, 2);

@@ -6,18 +6,18 @@
 
 use super::pair::Pair;
 use super::{Attachment, Command, PairKey, PairToken, Reply, ToControl};
-use crate::net::rx;
+use crate::net::{rx, tx};
 use crate::reactor::{Done, Reactor};
-use crate::virtq::Chain;
 use slab::Slab;
 use std::collections::{HashMap, VecDeque};
 
 /// Buffers shared by all pairs of a worker, and what they want to tell control.
+#[derive(Default)]
 pub struct Shared {
-    /// The transmit path's chain.
-    pub chain: Chain,
+    /// The transmit path's buffers.
+    pub tx: tx::Scratch,
     /// The receive path's buffers.
-    pub scratch: rx::Scratch,
+    pub rx: rx::Scratch,
     /// Messages for control.
     pub outbox: Vec<ToControl>,
 }
@@ -32,12 +32,7 @@ pub struct Datapath {
 
 impl Default for Datapath {
     fn default() -> Self {
-        Self {
-            pairs: Slab::new(),
-            slots: HashMap::new(),
-            ready: VecDeque::new(),
-            shared: Shared { chain: Chain::new(), scratch: rx::Scratch::default(), outbox: Vec::new() },
-        }
+        Self { pairs: Slab::new(), slots: HashMap::new(), ready: VecDeque::new(), shared: Shared::default() }
     }
 }
 

@@ -7,6 +7,7 @@ use super::PairToken;
 use crate::memory::MissingRange;
 use crate::reactor::{OpId, Reactor};
 use crate::virtq::SplitQueue;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -61,6 +62,8 @@ pub(super) struct Half {
 #[derive(Default)]
 pub(super) struct Notifier {
     fd: Option<Arc<OwnedFd>>,
+    /// A write to it may wait.
+    blocking: bool,
     write: Option<OpId>,
     /// It was to be written while a write was in flight.
     again: bool,
@@ -81,6 +84,9 @@ impl Notifier {
         }
         self.again = false;
         self.epoch = self.epoch.wrapping_add(1);
+        // The peer can change this at any time; it then only harms the speed of its own port.
+        let flags = fd.as_ref().map(|fd| fcntl(fd, FcntlArg::F_GETFL).unwrap_or(0));
+        self.blocking = flags.is_some_and(|flags| flags & OFlag::O_NONBLOCK.bits() == 0);
         self.fd = fd;
     }
 
@@ -90,7 +96,7 @@ impl Notifier {
         if self.write.is_some() {
             self.again = true;
         } else {
-            self.write = Some(reactor.signal_event(fd, token.into()));
+            self.write = Some(reactor.signal_event(fd, self.blocking, token.into()));
         }
     }
 

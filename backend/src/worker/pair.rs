@@ -101,7 +101,11 @@ impl Pair {
 
     fn has_work(&self) -> bool {
         let tx = self.tx.ring.as_ref().is_some_and(Ring::runnable);
-        tx || (self.rx.enabled && self.uplink_readable && self.rx.ring.as_ref().is_some_and(Ring::runnable))
+        tx || (self.rx.enabled && self.frame_waits() && self.rx.ring.as_ref().is_some_and(Ring::runnable))
+    }
+
+    fn frame_waits(&self) -> bool {
+        self.uplink_readable || self.receiver.holds_frame()
     }
 
     /// Carries out one command.
@@ -356,7 +360,7 @@ impl Pair {
                 queue,
                 &self.memory,
                 &mut *self.uplink,
-                &mut shared.chain,
+                &mut shared.tx,
                 settings,
                 &self.counters,
                 BURST,
@@ -406,17 +410,17 @@ impl Pair {
         let settings = RxSettings::new(self.features);
         let token = self.token(What::Call(Direction::Receive));
         for _ in 0..BURSTS_PER_TURN {
-            let Some(ring) = self.rx.ring.as_mut().filter(|ring| ring.runnable()) else { return };
-            if !self.uplink_readable {
+            if !self.frame_waits() {
                 return;
             }
+            let Some(ring) = self.rx.ring.as_mut().filter(|ring| ring.runnable()) else { return };
             ring.ignore_kicks();
             let queue = &mut ring.queue;
             let (used, end) = self.receiver.run(
                 queue,
                 &self.memory,
                 &mut *self.uplink,
-                &mut shared.scratch,
+                &mut shared.rx,
                 settings,
                 &self.counters,
                 BURST,

@@ -7,8 +7,8 @@ use crate::net::counters::{PairCounters, PairCounts};
 use crate::net::rx::{Receiver, RxSettings, Scratch};
 use crate::net::tx::{self, End, TxSettings};
 use crate::uplink::testing::FakeUplink;
+use crate::virtq::SplitQueue;
 use crate::virtq::tests::driver::{Driver, MEM_SIZE, USED, WRITE};
-use crate::virtq::{Chain, SplitQueue};
 use std::collections::HashMap;
 use std::fs::File;
 use std::sync::Arc;
@@ -38,7 +38,7 @@ pub struct Rig {
     pub rx: RxSettings,
     pub tx: TxSettings,
     scratch: Scratch,
-    chain: Chain,
+    scratch_tx: tx::Scratch,
     /// The pieces of each chain, by its head.
     chains: HashMap<u16, Vec<(u64, u32)>>,
     seen: u16,
@@ -59,7 +59,7 @@ impl Rig {
             rx: RxSettings { header_len, mergeable },
             tx: TxSettings { features: 0, header_len, enabled: true },
             scratch: Scratch::default(),
-            chain: Chain::new(),
+            scratch_tx: tx::Scratch::default(),
             chains: HashMap::new(),
             seen: 0,
             next_head: 0,
@@ -130,7 +130,7 @@ impl Rig {
             &mut self.queue,
             &self.memory,
             &mut self.uplink,
-            &mut self.chain,
+            &mut self.scratch_tx,
             self.tx,
             &self.counters,
             budget,

@@ -3,7 +3,8 @@
 
 use super::rig::{BUFFERS, Rig, body};
 use crate::net::header::VirtioNetHdr;
-use crate::net::tx::{BURST_BYTES, End, FRAME_MAX, FRAME_MIN};
+use crate::net::header::{FRAME_LEN_MAX, FRAME_LEN_MIN};
+use crate::net::tx::{BURST_BYTES, End};
 use crate::uplink::testing::Refuse;
 use crate::virtq::tests::driver::{INDIRECT, NEXT, WRITE};
 use virtio_bindings::virtio_net as vn;
@@ -112,15 +113,15 @@ fn lengths_have_limits() {
     rig.offer(&[(BUFFERS, 5, 0)]);
     rig.offer(&[(BUFFERS, 12, 0)]);
     rig.offer(&[(BUFFERS, 4096, WRITE)]);
-    offer(&mut rig, VirtioNetHdr::default(), FRAME_MIN as u32 - 1);
-    offer(&mut rig, VirtioNetHdr::default(), FRAME_MIN as u32);
-    offer(&mut rig, VirtioNetHdr::default(), FRAME_MAX as u32);
-    offer(&mut rig, VirtioNetHdr::default(), FRAME_MAX as u32 + 1);
+    offer(&mut rig, VirtioNetHdr::default(), FRAME_LEN_MIN as u32 - 1);
+    offer(&mut rig, VirtioNetHdr::default(), FRAME_LEN_MIN as u32);
+    offer(&mut rig, VirtioNetHdr::default(), FRAME_LEN_MAX as u32);
+    offer(&mut rig, VirtioNetHdr::default(), FRAME_LEN_MAX as u32 + 1);
     rig.transmit();
     assert_eq!(rig.used().len(), 7);
     assert_eq!((rig.counts().tx_bad_length, rig.counts().tx_packets), (5, 2));
     let lens: Vec<_> = rig.uplink.sent().iter().map(|frame| frame.len() as u64 - 12).collect();
-    assert_eq!(lens, [FRAME_MIN, FRAME_MAX]);
+    assert_eq!(lens, [FRAME_LEN_MIN, FRAME_LEN_MAX]);
 }
 
 #[test]
