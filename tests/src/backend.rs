@@ -88,9 +88,8 @@ impl Backend {
             Testpmd::tap_backend_command(lab, &config.socket, tap, config.queue_pairs, config.client)
         };
         command.stdin(Stdio::null());
-        if std::env::var_os("RUST_BACKTRACE").is_none() {
-            command.env("RUST_BACKTRACE", "1");
-        }
+        // Whatever is set for the tests: a panic of the back-end is worth its backtrace.
+        command.env("RUST_BACKTRACE", "1");
         let old_socket = inode(&config.socket);
         let mut process = Process::start("the back-end", command, &lab.new_log("backend"), Some(netns))?;
         if !config.client {

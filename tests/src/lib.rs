@@ -47,7 +47,7 @@ pub use ping::{PingReport, Pinger, ping, ping_whole};
 pub use process::Process;
 pub use qemu::{GUEST_IP, GUEST_MAC, HOST_IP, PREFIX, Qemu, QemuConfig};
 pub use qmp::Qmp;
-pub use scenario::{Lab, REQUIRE_ALL, SKIP_LIST, scenario};
+pub use scenario::{Lab, REQUIRE_ALL, SKIP_LIST, scenario, skip};
 pub use serial::Shell;
 pub use sniff::Sniffer;
 pub use testpmd::{PortStats, Testpmd, TestpmdConfig};

@@ -125,7 +125,8 @@ fn usable() -> Result<()> {
     netns.add_tap("probe0", false, None).context("this machine lets us make no tap")
 }
 
-fn skip(name: &str, reason: &str) {
+/// Says, and notes where it is asked for, that a test is skipped; fails if nothing may be skipped.
+pub fn skip(name: &str, reason: &str) {
     assert!(std::env::var_os(REQUIRE_ALL).is_none_or(|v| v == "0"), "{name} may not be skipped: {reason}");
     eprintln!("SKIPPED {name}: {reason}");
     if let Some(list) = std::env::var_os(SKIP_LIST) {

@@ -83,6 +83,7 @@ fn wrong_kinds_of_memory_log_and_channel_fds() -> Result<()> {
             let before = arena.complaints();
             let front = arena.bad_negotiated()?;
             front.refused(*request, payload, &fd).with_context(|| format!("{kind} in message {request}"))?;
+            drop(front);
             arena.check_reported(before)?;
             arena.check_good()?;
         }
@@ -292,17 +293,10 @@ fn memory_that_cannot_be_written() -> Result<()> {
     fcntl(&careful, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW))?;
     let memory = Memory::of_file(careful, size);
     let mut front = Front::connect_with_memory(&arena.bad(), Setup::default(), memory)?;
-    bring_up(&mut front)?;
+    front.bring_up()?;
     front.prove_alive(64)?;
     drop(front);
     arena.check_all()
-}
-
-fn bring_up(front: &mut Front) -> Result<()> {
-    front.negotiate()?;
-    front.acknowledge_features()?;
-    front.share_memory()?;
-    front.start_rings()
 }
 
 /// SIGBUS for whoever touches it: that port fails, the process lives.
@@ -433,7 +427,7 @@ fn a_front_end_with_64_gib_of_memory() -> Result<()> {
         let abuse = (0..10).try_for_each(|_| {
             let memory = Memory::memfd(64 << 30)?;
             let mut front = Front::connect_with_memory(&bad, Setup::default(), memory)?;
-            bring_up(&mut front)?;
+            front.bring_up()?;
             front.prove_alive(64)?;
             anyhow::Ok(())
         });
@@ -453,7 +447,7 @@ fn memory_on_fuse() -> Result<()> {
     let fuse = match SilentFuse::mount() {
         Ok(fuse) => fuse,
         Err(why) => {
-            println!("skipped: {why:#}");
+            lab::skip("memory_on_fuse", &format!("{why:#}"));
             return Ok(());
         }
     };
@@ -490,18 +484,19 @@ fn fds_whose_owner_never_answers() -> Result<()> {
         (msg::SET_BACKEND_REQ_FD, vec![]),
         (msg::GET_FEATURES, vec![]),
     ];
+    let mut failures = Vec::new();
     for (request, payload) in &cases {
         let fuse = match SilentFuse::mount() {
             Ok(fuse) => fuse,
             Err(why) => {
-                println!("skipped: {why:#}");
+                lab::skip("fds_whose_owner_never_answers", &format!("{why:#}"));
                 return Ok(());
             }
         };
         let mut arena = Arena::new()?;
         let file = fuse.open()?;
         let front = arena.bad_negotiated()?;
-        fuse.fall_silent();
+        let silence = fuse.fall_silent();
         let bytes = Wire::encode(*request, flag::VERSION | flag::NEED_REPLY, payload);
         front.wire.send_raw(&bytes, &[file.as_raw_fd()])?;
         std::thread::sleep(Duration::from_millis(50));
@@ -509,18 +504,67 @@ fn fds_whose_owner_never_answers() -> Result<()> {
         // Lets go of everything that waits; our own close would wait as well.
         fuse.abort();
         drop(file);
-        result.with_context(|| format!("message {request}"))?;
-        arena.check_all().with_context(|| format!("message {request}, after the owner's end"))?;
+        drop(silence);
+        let result = result.and_then(|()| arena.check_all().context("after the owner's end"));
+        failures.extend(result.err().map(|why| format!("message {request}: {why:#}")));
     }
+    ensure!(failures.is_empty(), "{}", failures.join("\n"));
     Ok(())
+}
+
+/// The same in great number: they must not use up the descriptors that other ports need.
+#[test]
+fn hundreds_of_fds_whose_owner_never_answers() -> Result<()> {
+    const FDS_MAX: usize = 128;
+    let fuse = match SilentFuse::mount() {
+        Ok(fuse) => fuse,
+        Err(why) => {
+            lab::skip("hundreds_of_fds_whose_owner_never_answers", &format!("{why:#}"));
+            return Ok(());
+        }
+    };
+    let mut arena = Arena::new()?;
+    let before = arena.backend.fds()?;
+    let file = fuse.open()?;
+    let fds = [file.as_raw_fd(); 8];
+    let silence = fuse.fall_silent();
+    let message = Wire::encode(msg::SET_MEM_TABLE, flag::VERSION, &mem_table(&[[0, MIB, 0, 0]; 8]));
+    let mut connections = Vec::new();
+    for _ in 0..20 {
+        let wire = Wire::connect(&arena.bad())?;
+        // Closed at some point, or not accepted any more.
+        for _ in 0..10 {
+            let _ = wire.send_once(&message, &fds);
+        }
+        // Kept for now: fds in a queue that nobody reads would be flushed by our own close.
+        connections.push(wire);
+        if connections.len() > 1 {
+            connections[connections.len() - 2].socket().shutdown(std::net::Shutdown::Both)?;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let result = check_good_beside(&mut arena);
+    let most = arena.backend.fds()?;
+    fuse.abort();
+    drop((connections, file, silence));
+    println!("{most} fds of the back-end were open, {before} before");
+    result?;
+    ensure!(most <= before + FDS_MAX, "{most} fds are open, {before} were");
+    arena.check_all().context("after the owner's end")
 }
 
 fn check_both_halves(arena: &mut Arena, front: Front) -> Result<()> {
     arena.check_good()?;
     drop(front);
-    arena.check_good().context("after the front-end is gone")?;
+    check_good_beside(arena).context("after the front-end is gone")
+}
+
+fn check_good_beside(arena: &mut Arena) -> Result<()> {
+    arena.check_good()?;
     // A new connection needs the control socket, mapping and unmapping.
     let start = Instant::now();
+    // One connection at a time: the old one has to go first.
+    arena.good.wire.socket().shutdown(std::net::Shutdown::Both)?;
     arena.good = Front::up(&arena.backend.socket(GOOD)).context("the good port's control socket")?;
     arena.check_good()?;
     println!("a new front-end of {GOOD} beside a stuck one of {BAD}: {:?}", start.elapsed());

@@ -85,6 +85,8 @@ pub fn run(options: &Options) -> Result<bool> {
         command.current_dir(&binary.package_dir).env("CARGO_MANIFEST_DIR", &binary.package_dir);
         command.env(lab::LAB_DIR, target_dir().join("lab")).env(lab::BACKEND, &backend);
         command.env(lab::SKIP_LIST, skip_list.path());
+        // Backtraces of libtest's own frames bury the reasons and the logs.
+        command.env("RUST_BACKTRACE", "0");
         if !binary.is_unit {
             command.arg("--test-threads=1");
         }

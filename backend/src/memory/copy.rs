@@ -74,14 +74,17 @@ pub(super) unsafe fn load_two_words(src: *const u8) -> (u64, u64) {
     (u64::from_le(low.0), u64::from_le(high.0))
 }
 
-/// Stores one little-endian word.
+/// Stores two little-endian halves.
 ///
 /// # Safety
 /// `dst` must be valid for writes of 8 bytes inside a live guest mapping.
 #[inline(always)]
-pub(super) unsafe fn store_word(dst: *mut u8, value: u64) {
-    // SAFETY: 8 writable bytes; Word has alignment 1.
-    unsafe { write_volatile(dst.cast::<Word>(), Word(value.to_le())) }
+pub(super) unsafe fn store_two_halves(dst: *mut u8, low: u32, high: u32) {
+    // SAFETY: 8 writable bytes; Half has alignment 1.
+    unsafe {
+        write_volatile(dst.cast::<Half>(), Half(low.to_le()));
+        write_volatile(dst.add(HALF).cast::<Half>(), Half(high.to_le()));
+    }
 }
 
 #[cfg(test)]

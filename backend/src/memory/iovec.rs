@@ -55,7 +55,7 @@ impl std::fmt::Debug for IoVec<'_> {
     }
 }
 
-/// A list of buffers in fixed, uninitialised storage (32 KiB: keep one per burst, not one per packet).
+/// A list of buffers in fixed, uninitialised storage (32 KiB: to use one again, see [`IoVecStorage`]).
 #[derive(Default)]
 pub struct IoVecs<'m> {
     list: ArrayVec<IoVec<'m>, IOVECS_CAPACITY>,
@@ -134,6 +134,24 @@ impl<'m> IoVecs<'m> {
     #[inline]
     pub(super) fn push(&mut self, entry: IoVec<'m>) -> bool {
         self.list.try_push(entry).is_ok()
+    }
+}
+
+/// Storage for an [`IoVecs`] that is used again and again, for one frame after another.
+#[derive(Default)]
+pub struct IoVecStorage {
+    list: IoVecs<'static>,
+}
+
+impl IoVecStorage {
+    /// An empty list for a use that lasts `'a`.
+    #[inline]
+    pub fn begin<'a>(&'a mut self) -> &'a mut IoVecs<'a> {
+        self.list.clear();
+        let list: *mut IoVecs<'static> = &mut self.list;
+        // SAFETY: the types differ in a lifetime only. No entry of another lifetime is in the list: it was cleared just now,
+        // and before the next `begin` clears it nobody can see what this use leaves behind.
+        unsafe { &mut *list.cast::<IoVecs<'a>>() }
     }
 }
 

@@ -254,7 +254,7 @@ impl<'a> RingAccess<'a> {
         if !self.view.event_idx {
             return None;
         }
-        Some(u16::from_le(self.avail(RING + self.size() * AVAIL_ELEM).load(Ordering::Relaxed)))
+        Some(u16::from_le(self.avail(RING + self.entries() * AVAIL_ELEM).load(Ordering::Relaxed)))
     }
 
     /// The descriptor `index`; None outside the table.
@@ -286,9 +286,8 @@ impl<'a> RingAccess<'a> {
     #[inline(always)]
     pub fn write_used(self, index: u16, id: u32, len: u32) {
         let slot = usize::from(index & self.view.mask);
-        let element = u64::from(id) | u64::from(len) << u32::BITS;
         // SAFETY: the masked slot lies in the used ring, 8 bytes each from +4 on.
-        unsafe { copy::store_word(self.view.used.add(RING + slot * USED_ELEM).as_ptr(), element) };
+        unsafe { copy::store_two_halves(self.view.used.add(RING + slot * USED_ELEM).as_ptr(), id, len) };
     }
 
     /// Stores `used.idx` with release, and logs it and the elements `from..to`, which were written before.
@@ -311,7 +310,7 @@ impl<'a> RingAccess<'a> {
     #[inline]
     pub fn store_avail_event(self, index: u16) {
         if self.view.event_idx {
-            let at = RING + self.size() * USED_ELEM;
+            let at = RING + self.entries() * USED_ELEM;
             self.used(at).store(index.to_le(), Ordering::Relaxed);
             self.log_used(at, size_of::<u16>());
         }
@@ -319,9 +318,9 @@ impl<'a> RingAccess<'a> {
 
     #[cold]
     fn log_elements(self, from: u16, to: u16) {
-        let count = usize::from(to.wrapping_sub(from)).min(self.size());
+        let count = usize::from(to.wrapping_sub(from)).min(self.entries());
         let first = usize::from(from & self.view.mask);
-        let until_end = count.min(self.size() - first);
+        let until_end = count.min(self.entries() - first);
         self.log_used(IDX, size_of::<u16>());
         self.log_used(RING + first * USED_ELEM, until_end * USED_ELEM);
         self.log_used(RING, (count - until_end) * USED_ELEM);
@@ -334,9 +333,15 @@ impl<'a> RingAccess<'a> {
         }
     }
 
+    /// Entries.
     #[inline(always)]
-    fn size(self) -> usize {
-        usize::from(self.view.mask) + 1
+    pub fn size(self) -> u16 {
+        self.view.mask + 1
+    }
+
+    #[inline(always)]
+    fn entries(self) -> usize {
+        usize::from(self.size())
     }
 
     /// The 16-bit field at `offset` of the available ring.

@@ -180,6 +180,20 @@ fn iovecs_know_whether_they_may_be_written() {
 }
 
 #[test]
+fn storage_of_iovecs_is_used_again() {
+    let (memory, _file) = guest(0x1000);
+    let mut storage = IoVecStorage::default();
+    for round in 1..4u32 {
+        let header = [0; 12];
+        let list = storage.begin();
+        assert!(list.is_empty());
+        list.push_own(&header);
+        memory.push_iovecs(0, round, list).unwrap();
+        assert_eq!(list.total_len(), 12 + u64::from(round));
+    }
+}
+
+#[test]
 fn many_regions_are_found_by_bisection() {
     let file = memfd(0x1000);
     let maps = (0..100u64).map(|i| map(&file, spec(0x10_0000 + i * 0x3000, 0x1000, 0))).collect();

@@ -9,7 +9,7 @@ use super::connection::{Connection, Endpoint, client_socket};
 use super::helper::{Helper, Job, JobDone};
 use super::plan::{Purpose, Step as PlanStep};
 use crate::reactor::message::UnixAddress;
-use crate::reactor::{Done, Reactor};
+use crate::reactor::{Done, Reactor, crowd};
 use crate::session::{Outcome, Step};
 use crate::worker::{Command, Event, PairKey, Reply, ToControl};
 use std::os::fd::OwnedFd;
@@ -104,6 +104,11 @@ impl Control {
         let connect = self.token(id, PortOp::Connect).into();
         let retry = self.token(id, PortOp::Retry).into();
         let port = &mut self.ports[id];
+        if port.brought_strangers && crowd() {
+            reactor.timer(ACCEPT_PAUSE, retry);
+            return;
+        }
+        port.brought_strangers = false;
         match &mut port.endpoint {
             Endpoint::Listen { listener, .. } => {
                 reactor.accept(listener, accept);
@@ -195,6 +200,12 @@ impl Control {
                 if buffer.truncated() {
                     self.ports[id].failures += 1;
                     return self.close(reactor, id, "more file descriptors in one read than any message has");
+                }
+                if buffer.strangers() > 0 && crowd() {
+                    let port = &mut self.ports[id];
+                    port.failures += 1;
+                    port.brought_strangers = true;
+                    return self.close(reactor, id, "too many descriptors of kinds that no message takes");
                 }
                 let fed = self.ports[id].session.as_mut().map(|session| session.feed(buffer.bytes(n), fds));
                 if let Some(Err(error)) = fed {

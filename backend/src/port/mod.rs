@@ -59,6 +59,8 @@ pub struct Port {
     pub(crate) warnings: LogLimit,
     /// Connections that were refused their goal: session errors, vanished memory.
     pub(crate) failures: u64,
+    /// Its front-end brought too many descriptors that take long to close: no other is served before they are gone.
+    pub(crate) brought_strangers: bool,
     /// Warnings about messages that were not obeyed, whether logged or not.
     pub(crate) refused: u64,
 }
@@ -89,6 +91,7 @@ impl Port {
             backend_channel: None,
             warnings: LogLimit::default(),
             failures: 0,
+            brought_strangers: false,
             refused: 0,
         }
     }

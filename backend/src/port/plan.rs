@@ -51,6 +51,8 @@ pub(crate) struct Plan {
     /// Answers outstanding for the step under way.
     pub(crate) waiting: usize,
     mapping: MapFor,
+    /// The ring that is being started: if that fails, its pair leaves the steering again.
+    starting: Option<u16>,
     pub(crate) outcome: Option<Outcome>,
 }
 
@@ -99,10 +101,10 @@ impl Port {
             Effect::StartRing { index, config, kick } => self.start_ring(index, config, kick)?,
             Effect::UpdateRing { index, config } => {
                 let (direction, config) = (Direction::of_ring(index), queue_config(&config));
-                self.to_pair(index, Command::Update { direction, config });
+                self.tell_pair(index, Command::Update { direction, config });
             }
             Effect::StopRing { index } => {
-                self.to_pair(index, Command::Stop { direction: Direction::of_ring(index) });
+                self.tell_pair(index, Command::Stop { direction: Direction::of_ring(index) });
                 self.steer(index, false);
             }
             Effect::EnableRing { index, enabled } => {
@@ -110,19 +112,19 @@ impl Port {
                 // A queue joins the steering before frames are looked for, and leaves it after.
                 if enabled {
                     self.steer(index, true);
-                    self.to_pair(index, command);
+                    self.tell_pair(index, command);
                 } else {
-                    self.to_pair(index, command);
+                    self.tell_pair(index, command);
                     self.steer(index, false);
                 }
             }
             Effect::SetCall { index, fd } => {
                 let fd = checked(fd)?;
-                self.to_pair(index, Command::Call { direction: Direction::of_ring(index), fd });
+                self.tell_pair(index, Command::Call { direction: Direction::of_ring(index), fd });
             }
             Effect::SetErr { index, fd } => {
                 let fd = checked(fd)?;
-                self.to_pair(index, Command::Error { direction: Direction::of_ring(index), fd });
+                self.tell_pair(index, Command::Error { direction: Direction::of_ring(index), fd });
             }
             Effect::SetMtu(mtu) => self.push(Step::Job(Job::SetMtu(self.uplink.clone(), mtu))),
             Effect::SendRarp(mac) => {
@@ -142,7 +144,7 @@ impl Port {
         self.plan.steps.push_back(step);
     }
 
-    fn to_pair(&mut self, ring: u16, command: Command) {
+    fn tell_pair(&mut self, ring: u16, command: Command) {
         self.push(Step::Pairs(vec![(ring / 2, command)]));
     }
 
@@ -191,8 +193,9 @@ impl Port {
         let kick = checked(kick)?;
         let (direction, enabled) = (Direction::of_ring(index), config.enabled);
         self.steer(index, enabled);
+        self.plan.starting = Some(index);
         let config = queue_config(&config);
-        self.to_pair(index, Command::Start { direction, config, kick, enabled });
+        self.tell_pair(index, Command::Start { direction, config, kick, enabled });
         Ok(())
     }
 
@@ -252,6 +255,9 @@ impl Port {
     pub(crate) fn failed(&mut self, why: String) {
         if self.plan.purpose == Purpose::Effect {
             self.plan.refuse(why);
+            if let Some(index) = self.plan.starting.take() {
+                self.steer(index, false);
+            }
         }
     }
 

@@ -27,6 +27,7 @@ pub struct Incoming {
     iov: libc::iovec,
     control: Control,
     bytes: [u8; RECV_BYTES],
+    strangers: usize,
 }
 
 // SAFETY: the raw pointers in `header` and `iov` point into this very allocation (or are null) and are set
@@ -62,7 +63,13 @@ impl Incoming {
         self.header.msg_flags & libc::MSG_CTRUNC != 0
     }
 
-    /// Takes the descriptors of the read out of the control buffer. Each is handed out once.
+    /// How many of the descriptors taken were of kinds that no message takes.
+    pub fn strangers(&self) -> usize {
+        self.strangers
+    }
+
+    /// Takes the descriptors of the read out of the control buffer. Each is handed out once, or a stand-in for it
+    /// if it is of a kind that could make whoever closes it wait.
     pub fn take_fds(&mut self) -> Vec<OwnedFd> {
         let mut fds = Vec::new();
         // SAFETY: `header` describes `control`, whose first msg_controllen bytes the kernel filled; the CMSG
@@ -76,7 +83,7 @@ impl Incoming {
                     let len = (*cmsg).cmsg_len as usize - (data as usize - cmsg as usize);
                     for i in 0..len / size_of::<RawFd>() {
                         let raw = data.cast::<RawFd>().add(i).read_unaligned();
-                        fds.push(OwnedFd::from_raw_fd(raw));
+                        fds.extend(super::stranger::admit(OwnedFd::from_raw_fd(raw), &mut self.strangers));
                     }
                 }
                 cmsg = libc::CMSG_NXTHDR(&self.header, cmsg);

@@ -9,8 +9,10 @@ pub mod mailbox;
 pub mod message;
 pub mod probe;
 mod ring;
+mod stranger;
 
 pub use mailbox::{Mailbox, Postbox};
 pub use message::{Incoming, Outgoing};
 pub use probe::SetupError;
 pub use ring::{Done, OpId, Reactor};
+pub use stranger::crowd;

@@ -36,7 +36,9 @@ impl Payload {
             Payload::Empty => size == 0,
             Payload::U64 => size == 8,
             Payload::Bytes(bytes) => size == bytes,
-            Payload::Table => size >= 8 && (size - 8) % 32 == 0 && (size - 8) / 32 <= TABLE_REGIONS_MAX,
+            Payload::Table => {
+                size >= 8 && (size - 8).is_multiple_of(32) && (size - 8) / 32 <= TABLE_REGIONS_MAX
+            }
             Payload::Config => (12..=12 + CONFIG_BYTES_MAX).contains(&size),
             Payload::Any => true,
         }

@@ -12,6 +12,9 @@ use crate::memory::{AccessError, GuestMemory, MissingRange};
 /// Descriptors of one chain; QEMU's limit as well (VIRTQUEUE_MAX_SIZE).
 pub const MAX_CHAIN: usize = 1024;
 
+/// Longest indirect table, bytes.
+const INDIRECT_LEN_MAX: u32 = u16::MAX as u32 * DESC_SIZE;
+
 /// A piece of guest memory as a descriptor names it. Not checked against the memory table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Segment {
@@ -51,7 +54,7 @@ pub enum ChainError {
     /// Flags INDIRECT and NEXT together (§2.7.5.3.1).
     #[error("an indirect descriptor with a next one")]
     IndirectWithNext,
-    /// The length of an indirect table is 0 or not a multiple of 16.
+    /// The length of an indirect table is 0, not a multiple of 16, or more than an index can reach.
     #[error("an indirect table of {0} bytes")]
     IndirectLength(u32),
     /// An indirect table that is not guest memory.
@@ -74,14 +77,24 @@ impl From<ChainError> for WalkError {
 
 /// A chain taken from a queue. Reusable, without allocation; 16 KiB, most of which is never touched.
 /// The size is not a power of two, so that the first lines of chains in an array do not compete for the same cache sets.
+/// The counts stand beside the first segments, so that a short chain takes one or two lines.
 #[derive(Clone)]
+#[repr(C)]
 pub struct Chain {
+    tally: Tally,
     head: u16,
-    readable: u16,
-    count: u16,
+    segments: [Segment; MAX_CHAIN],
+}
+
+/// What a chain adds up to; kept in registers while it is taken apart.
+#[derive(Clone, Copy, Default)]
+struct Tally {
     readable_len: u64,
     writable_len: u64,
-    segments: [Segment; MAX_CHAIN],
+    /// Segments to read; the first ones.
+    readable: u32,
+    /// Segments.
+    count: u32,
 }
 
 impl Default for Chain {
@@ -93,14 +106,7 @@ impl Default for Chain {
 impl Chain {
     /// An empty chain.
     pub fn new() -> Self {
-        Self {
-            head: 0,
-            readable: 0,
-            count: 0,
-            readable_len: 0,
-            writable_len: 0,
-            segments: [Segment::default(); MAX_CHAIN],
-        }
+        Self { tally: Tally::default(), head: 0, segments: [Segment::default(); MAX_CHAIN] }
     }
 
     /// Index of the first descriptor, by which the chain is given back.
@@ -112,58 +118,29 @@ impl Chain {
     /// What the guest wrote for us.
     #[inline]
     pub fn readable(&self) -> &[Segment] {
-        &self.segments[..usize::from(self.readable)]
+        &self.segments[..self.tally.readable as usize]
     }
 
     /// Where we may write.
     #[inline]
     pub fn writable(&self) -> &[Segment] {
-        &self.segments[usize::from(self.readable)..usize::from(self.count)]
+        &self.segments[self.tally.readable as usize..self.tally.count as usize]
     }
 
     /// Bytes of [`Self::readable`]; at most 4 GiB - 1, with the writable ones.
     #[inline]
     pub fn readable_len(&self) -> u64 {
-        self.readable_len
+        self.tally.readable_len
     }
 
     /// Bytes of [`Self::writable`].
     #[inline]
     pub fn writable_len(&self) -> u64 {
-        self.writable_len
+        self.tally.writable_len
     }
 
-    #[inline(always)]
-    fn begin(&mut self, head: u16) {
-        self.head = head;
-        self.readable = 0;
-        self.count = 0;
-        self.readable_len = 0;
-        self.writable_len = 0;
-    }
-
-    #[inline(always)]
-    fn add(&mut self, descriptor: Descriptor) -> Result<(), ChainError> {
-        let segment = Segment { gpa: descriptor.addr().0, len: descriptor.len() };
-        if segment.len == 0 {
-            return Err(ChainError::ZeroLength);
-        }
-        let slot = self.segments.get_mut(usize::from(self.count)).ok_or(ChainError::TooLong)?;
-        *slot = segment;
-        self.count += 1;
-        if descriptor.is_write_only() {
-            self.writable_len += u64::from(segment.len);
-        } else {
-            if self.writable_len != 0 {
-                return Err(ChainError::ReadableAfterWritable);
-            }
-            self.readable += 1;
-            self.readable_len += u64::from(segment.len);
-        }
-        Ok(())
-    }
-
-    /// Takes the chain at `head` apart. `first` is its first descriptor, read by the caller.
+    /// Takes the chain at `head` apart. `first` is its first descriptor, read by the caller. On an error the chain is
+    /// empty.
     #[inline(always)]
     pub(super) fn walk(
         &mut self,
@@ -172,37 +149,49 @@ impl Chain {
         indirect: bool,
         head: u16,
         first: Descriptor,
-        size: u16,
     ) -> Result<(), WalkError> {
-        self.begin(head);
+        self.head = head;
+        let mut tally = Tally::default();
         let mut descriptor = first;
-        let mut left = size;
-        loop {
+        let mut left = ring.size();
+        let result = loop {
             if descriptor.refers_to_indirect_table() {
-                self.walk_indirect(mem, indirect, descriptor)?;
-                break;
+                break self.walk_indirect(&mut tally, mem, indirect, descriptor);
             }
-            self.add(descriptor)?;
+            if let Err(why) = self.add(&mut tally, descriptor) {
+                break Err(why.into());
+            }
             if !descriptor.has_next() {
-                break;
+                break Ok(());
             }
             left -= 1;
             if left == 0 {
-                return Err(ChainError::Loop.into());
+                break Err(ChainError::Loop.into());
             }
             let next = descriptor.next();
-            descriptor = ring.descriptor(next).ok_or(ChainError::NextOutOfRange(next))?;
+            match ring.descriptor(next) {
+                Some(next) => descriptor = next,
+                None => break Err(ChainError::NextOutOfRange(next).into()),
+            }
+        };
+        let result = match result {
+            Ok(()) if tally.readable_len + tally.writable_len > u64::from(u32::MAX) => {
+                Err(ChainError::TooManyBytes.into())
+            }
+            other => other,
+        };
+        if result.is_err() {
+            tally = Tally::default();
         }
-        if self.readable_len + self.writable_len > u64::from(u32::MAX) {
-            return Err(ChainError::TooManyBytes.into());
-        }
-        Ok(())
+        self.tally = tally;
+        result
     }
 
     /// The rest of the chain is in the table that `descriptor` names. Its own WRITE flag means nothing (§2.7.5.3.2).
     #[inline]
     fn walk_indirect(
         &mut self,
+        tally: &mut Tally,
         mem: &GuestMemory,
         negotiated: bool,
         descriptor: Descriptor,
@@ -214,7 +203,7 @@ impl Chain {
             return Err(ChainError::IndirectWithNext.into());
         }
         let len = descriptor.len();
-        if len == 0 || !len.is_multiple_of(DESC_SIZE) {
+        if len == 0 || !len.is_multiple_of(DESC_SIZE) || len > INDIRECT_LEN_MAX {
             return Err(ChainError::IndirectLength(len).into());
         }
         let table = mem.indirect_table(descriptor.addr().0, len);
@@ -229,7 +218,7 @@ impl Chain {
             if entry.refers_to_indirect_table() {
                 return Err(ChainError::NestedIndirect.into());
             }
-            self.add(entry)?;
+            self.add(tally, entry)?;
             if !entry.has_next() {
                 return Ok(());
             }
@@ -239,6 +228,26 @@ impl Chain {
             }
             index = entry.next();
         }
+    }
+
+    #[inline(always)]
+    fn add(&mut self, tally: &mut Tally, descriptor: Descriptor) -> Result<(), ChainError> {
+        let segment = Segment { gpa: descriptor.addr().0, len: descriptor.len() };
+        if segment.len == 0 {
+            return Err(ChainError::ZeroLength);
+        }
+        *self.segments.get_mut(tally.count as usize).ok_or(ChainError::TooLong)? = segment;
+        tally.count += 1;
+        if descriptor.is_write_only() {
+            tally.writable_len += u64::from(segment.len);
+        } else {
+            if tally.writable_len != 0 {
+                return Err(ChainError::ReadableAfterWritable);
+            }
+            tally.readable += 1;
+            tally.readable_len += u64::from(segment.len);
+        }
+        Ok(())
     }
 }
 

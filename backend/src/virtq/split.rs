@@ -216,13 +216,13 @@ impl SplitQueue {
                 return Ok(false);
             }
         }
-        let size = self.ring.size();
         let ring = self.ring.access().map_err(PopError::Missing)?;
         let head = ring.avail_head(self.next_avail);
         let Some(first) = ring.descriptor(head) else {
+            let size = ring.size();
             return Err(PopError::Broken(QueueError::BadHead { head, size }));
         };
-        let result = match chain.walk(ring, mem, self.config.indirect, head, first, size) {
+        let result = match chain.walk(ring, mem, self.config.indirect, head, first) {
             Ok(()) => Ok(true),
             Err(WalkError::Bad(why)) => Err(PopError::Bad { head, why }),
             Err(WalkError::Missing(missing)) => return Err(PopError::Missing(missing)),

@@ -1,4 +1,8 @@
-//! The queue against a driver of a few lines.
+//! The queue against drivers good and bad.
 
 mod basic;
+mod differential;
 mod driver;
+mod migration;
+mod regressions;
+mod threads;

@@ -53,9 +53,12 @@ struct Half {
     /// The base it stopped at: a front-end may ask after the ring was given up.
     last_base: u16,
     call: Option<Arc<OwnedFd>>,
-    call_in_flight: bool,
+    /// The notification under way. It can wait for ever if the peer keeps its counter at the maximum.
+    call_op: Option<OpId>,
     call_again: bool,
     error: Option<Arc<OwnedFd>>,
+    /// The last error report; as `call_op`.
+    error_op: Option<OpId>,
     epoch: u32,
 }
 
@@ -84,11 +87,24 @@ impl Half {
     /// Notifies the driver, unless a notification is under way: then once more when it is through.
     fn notify<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, token: PairToken) {
         let Some(call) = &self.call else { return };
-        if self.call_in_flight {
+        if self.call_op.is_some() {
             self.call_again = true;
         } else {
-            self.call_in_flight = true;
-            reactor.signal_event(call, token.into());
+            self.call_op = Some(reactor.signal_event(call, token.into()));
+        }
+    }
+
+    /// Ends a notification that still waits. One that need not wait has been through since it was submitted.
+    fn end_call<T: Copy>(&mut self, reactor: &mut Reactor<T>) {
+        if let Some(op) = self.call_op.take() {
+            reactor.cancel(op);
+        }
+        self.call_again = false;
+    }
+
+    fn end_error<T: Copy>(&mut self, reactor: &mut Reactor<T>) {
+        if let Some(op) = self.error_op.take() {
+            reactor.cancel(op);
         }
     }
 }
@@ -176,8 +192,7 @@ impl Pair {
                 let half = self.half(direction);
                 half.call = fd;
                 half.epoch = half.epoch.wrapping_add(1);
-                half.call_in_flight = false;
-                half.call_again = false;
+                half.end_call(reactor);
                 self.rearm_kick(reactor, direction);
                 // The driver may have missed a notification between the old descriptor and the new.
                 let token = self.token(What::Call(direction));
@@ -186,11 +201,17 @@ impl Pair {
                     half.notify(reactor, token);
                 }
             }
-            Command::Error { direction, fd } => self.half(direction).error = fd,
+            Command::Error { direction, fd } => {
+                let half = self.half(direction);
+                half.end_error(reactor);
+                half.error = fd;
+            }
             Command::Reset => {
                 for direction in [Direction::Receive, Direction::Transmit] {
                     self.stop(reactor, direction);
                     let half = self.half(direction);
+                    half.end_call(reactor);
+                    half.end_error(reactor);
                     let epoch = half.epoch.wrapping_add(1);
                     *half = Half { epoch, ..Half::default() };
                 }
@@ -239,8 +260,7 @@ impl Pair {
         queue.disable_kicks();
         let half = self.half(direction);
         half.epoch = half.epoch.wrapping_add(1);
-        half.call_in_flight = false;
-        half.call_again = false;
+        half.end_call(reactor);
         half.enabled = enabled;
         // Looked at once without waiting for a kick: it may have come before we listened (vhost #343, #375).
         half.ring =
@@ -359,7 +379,7 @@ impl Pair {
             }
             (What::Call(direction), Done::Signalled(result)) => {
                 let half = self.half(direction);
-                half.call_in_flight = false;
+                half.call_op = None;
                 if let Err(error) = result {
                     tracing::debug!(%error, "call eventfd");
                 } else if std::mem::take(&mut half.call_again) {
@@ -538,9 +558,10 @@ impl Pair {
         self.stop(reactor, direction);
         self.counters.rings_broken.add(1);
         let token = self.token(What::Error);
-        if let Some(fd) = &self.half(direction).error {
-            reactor.signal_event(fd, token.into());
-        }
+        let half = self.half(direction);
+        // One report at a time: a peer that reads none of them gets no second.
+        half.end_error(reactor);
+        half.error_op = half.error.as_ref().map(|fd| reactor.signal_event(fd, token.into()));
         shared.outbox.push(ToControl::Event(self.key, Event::RingBroken(direction, why)));
     }
 

@@ -115,24 +115,43 @@ impl Front {
     /// As [`Self::up`], with wishes.
     pub fn up_with(path: &Path, setup: Setup) -> Result<Self> {
         let mut front = Self::connect(path, setup)?;
-        front.negotiate()?;
-        front.acknowledge_features()?;
-        front.share_memory()?;
-        front.start_rings()?;
+        front.bring_up()?;
         Ok(front)
+    }
+
+    /// Everything from the first message to running rings.
+    pub fn bring_up(&mut self) -> Result<()> {
+        self.negotiate()?;
+        self.acknowledge_features()?;
+        self.share_memory()?;
+        self.start_rings()
     }
 
     /// Connects only, with memory and rings laid out.
     pub fn connect(path: &Path, setup: Setup) -> Result<Self> {
+        let memory = Self::enough_memory(&setup)?;
+        Self::connect_with_memory(path, setup, memory)
+    }
+
+    /// As [`Self::connect`], over a connection that is there already.
+    pub fn over(wire: Wire, setup: Setup) -> Result<Self> {
+        let memory = Self::enough_memory(&setup)?;
+        Self::with_memory(wire, setup, memory)
+    }
+
+    fn enough_memory(setup: &Setup) -> Result<Memory> {
         let rings = 2 * u64::from(setup.queue_pairs);
         let footprint = Ring::footprint(setup.ring_size);
-        let memory = Memory::memfd((rings * footprint).max(1 << 20).next_multiple_of(1 << 20))?;
-        Self::connect_with_memory(path, setup, memory)
+        Ok(Memory::memfd((rings * footprint).max(1 << 20).next_multiple_of(1 << 20))?)
     }
 
     /// As [`Self::connect`], with rings at the start of memory that is given.
     pub fn connect_with_memory(path: &Path, setup: Setup, memory: Memory) -> Result<Self> {
-        let mut wire = Wire::connect(path).with_context(|| format!("connect to {}", path.display()))?;
+        let wire = Wire::connect(path).with_context(|| format!("connect to {}", path.display()))?;
+        Self::with_memory(wire, setup, memory)
+    }
+
+    fn with_memory(mut wire: Wire, setup: Setup, memory: Memory) -> Result<Self> {
         wire.piece = setup.piece;
         let mut front =
             Self { wire, memory, rings: Vec::new(), features: 0, protocol: 0, back_channel: None, setup };

@@ -4,14 +4,15 @@
 //! back-end that gets its fd must not do any of these in its loop.
 #![forbid(unsafe_code)]
 
+use super::process::STARTING;
 use anyhow::{Context, Result};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 const LOOKUP: u32 = 1;
 const FORGET: u32 = 2;
@@ -60,9 +61,11 @@ impl SilentFuse {
         Ok(options.open(self.folder.path().join("memory"))?)
     }
 
-    /// From now on answers nothing at all.
-    pub fn fall_silent(&self) {
+    /// From now on answers nothing at all. While the guard lives, this process starts no back-end.
+    pub fn fall_silent(&self) -> MutexGuard<'static, ()> {
+        let guard = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
         self.silent.store(true, Ordering::SeqCst);
+        guard
     }
 
     /// Ends all waiting for good. Do this before closing own fds of the file.

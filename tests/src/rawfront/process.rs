@@ -23,6 +23,10 @@ pub fn eventually(patience: Duration, mut done: impl FnMut() -> bool) -> bool {
     }
 }
 
+/// Held while a child is started, and while a [`super::SilentFuse`] says nothing: a child closes what it inherits before
+/// it becomes another program, and would wait for ever for that file system.
+pub(super) static STARTING: Mutex<()> = Mutex::new(());
+
 /// A running back-end, with a folder of its own for its sockets. Ended when dropped.
 #[derive(Debug)]
 pub struct Backend {
@@ -61,6 +65,7 @@ impl Backend {
 
     fn start(folder: tempfile::TempDir, args: &[String]) -> Result<Self> {
         let program = crate::backend_binary()?;
+        let starting = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
         let mut child = Command::new(&program)
             .args(args)
             .env_remove("RUST_LOG")
@@ -68,6 +73,7 @@ impl Backend {
             .stderr(Stdio::piped())
             .spawn()
             .with_context(|| format!("start {}", program.display()))?;
+        drop(starting);
         let stderr = child.stderr.take().context("stderr")?;
         let log = Arc::new(Mutex::new(Vec::new()));
         let sink = Arc::clone(&log);
@@ -128,6 +134,25 @@ impl Backend {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
         let line = status.lines().find(|l| l.starts_with("RssAnon:")).context("RssAnon")?;
         line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).context("RssAnon's number")
+    }
+
+    /// All resident memory, guest memory that was touched included, in KiB.
+    pub fn rss_kib(&self) -> Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        let line = status.lines().find(|l| l.starts_with("VmRSS:")).context("VmRSS")?;
+        line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).context("VmRSS's number")
+    }
+
+    /// How often its threads have gone to sleep, which is as often as they were woken.
+    pub fn wakeups(&self) -> Result<u64> {
+        let mut count = 0;
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            let status = std::fs::read_to_string(task?.path().join("status"))?;
+            let line =
+                status.lines().find(|l| l.starts_with("voluntary_ctxt_switches:")).context("switches")?;
+            count += line.split_whitespace().nth(1).context("number")?.parse::<u64>()?;
+        }
+        Ok(count)
     }
 
     /// Waits until the number of fds is back at `count`.

@@ -33,9 +33,8 @@ pub(in crate::session) fn set_mem_table<F: 'static>(
     }
     let mut regions: Vec<RegionSpec> = Vec::with_capacity(count);
     for bytes in list.chunks_exact(size_of::<WireRegion>()) {
-        // The length is right by construction of the chunks.
-        let Ok(wire) = WireRegion::read_from_bytes(bytes) else { continue };
-        let region = wire.into();
+        let wire = WireRegion::read_from_bytes(bytes);
+        let region = wire.map_err(|_| Refusal::PayloadSize { size: call.payload.len() })?.into();
         check_duplicate(&regions, &region)?;
         regions.push(region);
     }

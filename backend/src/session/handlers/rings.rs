@@ -5,7 +5,7 @@
 use super::{Answer, Call, Fault, Todo};
 use crate::session::Session;
 use crate::session::effect::Effect;
-use crate::session::error::{Refusal, SessionError};
+use crate::session::error::Refusal;
 use crate::session::message::{
     RING_SIZE_MAX, VRING_ADDR_F_LOG, VRING_INDEX_MASK, VRING_NO_FD, VringAddr, VringState,
 };
@@ -71,9 +71,7 @@ pub(in crate::session) fn get_vring_base<F: 'static>(
     call: &mut Call<F>,
 ) -> Result<Answer, Fault> {
     let VringState { index, .. } = call.body()?;
-    let index = session
-        .ring_index(index.into())
-        .map_err(|why| Fault::Close(SessionError::Unanswerable { name: call.name, why }))?;
+    let index = session.ring_index(index.into())?;
     session.rings[usize::from(index)].kick = None;
     session.todo.push_back(Todo::Stop(index));
     Ok(Answer::Base(index))

@@ -1,0 +1,130 @@
+//! Descriptors that a peer sent and that may not even be closed by the loop.
+//!
+//! close(2) waits for the owner of some files: a FUSE or NFS file is flushed first, a TCP socket lingers. A front-end
+//! that serves a FUSE file itself could stop a worker for good by sending its descriptor with any message,
+//! legal or not. So every descriptor that arrives is looked at, by means that ask no file system: the
+//! kinds that some message takes pass; of any other kind a stand-in passes, which the receiver refuses like any wrong
+//! descriptor, and the stranger is closed by a thread that may wait.
+#![forbid(unsafe_code)]
+
+use nix::fcntl::{FcntlArg, fcntl, readlink};
+use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname};
+use nix::unistd::{close, pipe};
+use std::collections::VecDeque;
+use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::sync::{Mutex, PoisonError};
+use std::thread::Builder;
+
+/// Threads that close strangers at the same time; more strangers wait until one of these is through.
+const CLOSERS_MAX: usize = 4;
+/// Stack of such a thread, bytes: it makes one system call.
+const CLOSER_STACK: usize = 64 << 10;
+
+/// Strangers that may wait for their end; beyond that, whoever brings more is not listened to (see [`crowd`]).
+const STRANGERS_MAX: usize = 64;
+
+struct Waiting {
+    closers: usize,
+    queue: VecDeque<RawFd>,
+}
+
+static WAITING: Mutex<Waiting> = Mutex::new(Waiting { closers: 0, queue: VecDeque::new() });
+
+/// The descriptor itself if the loop may close it, else a stand-in, or `None` if there is no descriptor left for one:
+/// then the receiver misses it, which it refuses as well.
+///
+/// `strangers` is increased if it is a stranger.
+pub(super) fn admit(fd: OwnedFd, strangers: &mut usize) -> Option<OwnedFd> {
+    if closes_at_once(&fd) {
+        return Some(fd);
+    }
+    *strangers += 1;
+    close_elsewhere(fd);
+    // The reading end of a pipe whose writing end is closed: no message takes it.
+    pipe().ok().map(|(read, _)| read)
+}
+
+/// Whether more strangers wait for their end than should. They hold descriptors of this process, which others need:
+/// a front-end that brings more of them must not be read from until this is over.
+pub fn crowd() -> bool {
+    let waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
+    waiting.closers + waiting.queue.len() > STRANGERS_MAX
+}
+
+/// Whether closing cannot wait. None of these questions reaches a file system or a driver.
+fn closes_at_once(fd: &OwnedFd) -> bool {
+    // memfd, tmpfs, hugetlbfs: guest memory and logs.
+    if fcntl(fd, FcntlArg::F_GET_SEALS).is_ok() || fcntl(fd, FcntlArg::F_GETPIPE_SZ).is_ok() {
+        return true;
+    }
+    if let Ok(address) = getsockname::<SockaddrStorage>(fd.as_raw_fd()) {
+        return address.family() == Some(AddressFamily::Unix);
+    }
+    // The link's text is made by the kernel, of what it has in memory.
+    readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()).as_str()).is_ok_and(|l| l == "anon_inode:[eventfd]")
+}
+
+fn close_elsewhere(fd: OwnedFd) {
+    // As a number: an error on the way to the thread must leave it open rather than close it here.
+    let fd = fd.into_raw_fd();
+    let mut waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
+    waiting.queue.push_back(fd);
+    let closer = || Builder::new().name("closer".into()).stack_size(CLOSER_STACK);
+    if waiting.closers < CLOSERS_MAX && closer().spawn(close_strangers).is_ok() {
+        waiting.closers += 1;
+    }
+}
+
+fn close_strangers() {
+    loop {
+        let mut waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(fd) = waiting.queue.pop_front() else {
+            waiting.closers -= 1;
+            return;
+        };
+        drop(waiting);
+        let _ = close(fd);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn kinds_that_messages_take_pass() {
+        let memfd = nix::sys::memfd::memfd_create("m", nix::sys::memfd::MFdFlags::empty()).unwrap();
+        let event = nix::sys::eventfd::EventFd::new().unwrap().into();
+        let unix = UnixStream::pair().unwrap().0.into();
+        for fd in [memfd, event, unix, pipe().unwrap().1] {
+            let number = fd.as_raw_fd();
+            let mut strangers = 0;
+            assert_eq!(admit(fd, &mut strangers).map(|fd| fd.as_raw_fd()), Some(number));
+            assert_eq!(strangers, 0);
+        }
+    }
+
+    #[test]
+    fn strangers_are_replaced_and_closed() {
+        let path = std::path::PathBuf::from(format!("/proc/{}/limits", std::process::id()));
+        let file = std::fs::File::open(&path).unwrap();
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let name = tcp.local_addr().unwrap();
+        let mut strangers = 0;
+        let stand_in = admit(file.into(), &mut strangers).unwrap();
+        assert!(fcntl(&stand_in, FcntlArg::F_GETPIPE_SZ).is_ok());
+        admit(tcp.into(), &mut strangers).unwrap();
+        assert_eq!(strangers, 2);
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let open = || {
+            let links = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+            links.filter_map(|link| std::fs::read_link(link.path()).ok()).any(|target| target == path)
+        };
+        while open() || std::net::TcpListener::bind(name).is_err() {
+            assert!(Instant::now() < deadline, "a stranger is still open");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
