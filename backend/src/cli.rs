@@ -185,22 +185,34 @@ pub fn print_out(text: &str) {
     drop(std::io::stdout().write_all(text.as_bytes()));
 }
 
+/// Log lines that may wait for a slow stderr; further ones are dropped.
+const LOG_LINES: usize = 4096;
+
 /// Starts logging to stderr: `filter`, or else `RUST_LOG`, or else `info`. A second call changes nothing.
-pub fn init_log(filter: Option<&str>) {
+///
+/// Lines are written by a thread of their own, since a pipe that nobody reads must not stop the loop. Keep what is
+/// returned until the end: its drop writes what still waits.
+#[must_use]
+pub fn init_log(filter: Option<&str>) -> impl Drop + use<> {
     use std::io::IsTerminal;
     use tracing_subscriber::EnvFilter;
     let filter = match filter {
         Some(text) => EnvFilter::try_new(text).unwrap_or_else(|_| EnvFilter::new("info")),
         None => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")),
     };
+    let (writer, guard) = tracing_appender::non_blocking::NonBlockingBuilder::default()
+        .lossy(true)
+        .buffered_lines_limit(LOG_LINES)
+        .finish(std::io::stderr());
     // An error means that a subscriber is there already, as in tests.
     drop(
         tracing_subscriber::fmt()
             .with_env_filter(filter)
-            .with_writer(std::io::stderr)
+            .with_writer(writer)
             .with_ansi(std::io::stderr().is_terminal())
             .try_init(),
     );
+    guard
 }
 
 fn single_port(options: Options) -> Result<Config, Problem> {

@@ -5,11 +5,12 @@
 #![forbid(unsafe_code)]
 
 use crate::config::{Config, PortConfig, UplinkSpec};
+use crate::memory::sigbus::MAX_LIVE_MAPPINGS;
 use crate::net::counters::PairCounters;
-use crate::port::Port;
 use crate::port::connection::{Endpoint, EndpointError};
 use crate::port::control::{Control, ControlToken};
 use crate::port::helper::Helper;
+use crate::port::{MEM_SLOTS_MAX, MEM_SLOTS_MIN, Port};
 use crate::reactor::{Done, Mailbox, Reactor, SetupError};
 use crate::uplink::null::{Null, NullQueue};
 use crate::uplink::tap::{Tap, TapError};
@@ -120,6 +121,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let mut datapath = Datapath::default();
     let mut ports = Vec::new();
     let mut attachments = Vec::new();
+    let mem_slots = mem_slots(config.ports.len());
     for (id, port) in config.ports.into_iter().enumerate() {
         let id = id as u16;
         let (uplink, queues) = open_uplink(&port)?;
@@ -131,7 +133,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
             attachments.push(Attachment { key, uplink, counters: counters.clone() });
         }
         tracing::info!(port = port.name, "{}, uplink {}", port.endpoint, uplink.describe());
-        ports.push(Port::new(id, port, uplink, counters, endpoint));
+        ports.push(Port::new(id, port, uplink, counters, endpoint, mem_slots));
     }
     let mut workers = Vec::new();
     for index in 1..config.workers {
@@ -155,6 +157,13 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let _ = reactor.turn(false, &mut Vec::new(), &mut false);
     workers.into_iter().for_each(Worker::join);
     served.map_err(|error| DaemonError::System("io_uring_enter", error))
+}
+
+/// Memory slots to offer each port: together they must not use up the process's mappings, of which a new memory
+/// table needs its own before the old one goes.
+fn mem_slots(ports: usize) -> u64 {
+    let share = MAX_LIVE_MAPPINGS / 2 / ports.max(1);
+    (share as u64).clamp(MEM_SLOTS_MIN, MEM_SLOTS_MAX)
 }
 
 /// Which worker serves a pair: `None` is the first, the main thread.
@@ -186,12 +195,16 @@ fn serve(
             match token {
                 Token::Pair(token) => datapath.completion(reactor, token, &done),
                 Token::Control(ControlToken::Signal) => {
-                    let Done::Signal(Ok(signal)) = done else { continue };
-                    if signal.ssi_signo != Signal::SIGUSR1 as u32 {
-                        tracing::info!("ending");
-                        return Ok(());
+                    match done {
+                        Done::Signal(Ok(signal)) if signal.ssi_signo == Signal::SIGUSR1 as u32 => {
+                            control.log_counters();
+                        }
+                        Done::Signal(Ok(_)) => {
+                            tracing::info!("ending");
+                            return Ok(());
+                        }
+                        _ => {}
                     }
-                    control.log_counters();
                     reactor.read_signal(signals, ControlToken::Signal.into());
                 }
                 Token::Control(token) => control.completion(reactor, token, done),

@@ -10,7 +10,7 @@ fn main() -> ExitCode {
         Ok(Command::PrintCapabilities) => cli::print_out(&capabilities_json()),
         Ok(Command::CheckConfig(config)) => cli::print_out(&cli::summary(&config)),
         Ok(Command::Run(config)) => {
-            cli::init_log(config.log.as_deref());
+            let _log = cli::init_log(config.log.as_deref());
             if let Err(error) = vhost_user_net::daemon::run(config) {
                 eprintln!("vhost-user-net: {error}");
                 return ExitCode::FAILURE;

@@ -1,4 +1,4 @@
-//! What a guest can do wrong in its rings, and a front-end in what it says about memory and rings.
+//! What a guest can do wrong in its rings, and a front-end in what it says about them.
 //!
 //! A bad chain or frame costs the guest that chain or frame, a bad index or address that ring, until it is set
 //! up anew; the other port goes on in any case. See `hostile_session.rs` for how that is asserted.
@@ -6,8 +6,8 @@
 
 use anyhow::{Context, Result, ensure};
 use lab::rawfront::{
-    Arena, BAD, Desc, Front, Memory, PATIENCE, Ring, Setup, desc_flag, eventually, mem_reg, mem_table, msg,
-    protocol, state, test_frame, vring_addr,
+    Arena, BAD, Desc, Front, Memory, PATIENCE, Ring, Setup, desc_flag, eventually, msg, state, test_frame,
+    vring_addr,
 };
 use std::time::Duration;
 
@@ -349,112 +349,6 @@ fn start_tx_at(front: &Front, [desc, used, avail]: [u64; 3]) -> Result<()> {
     front.wire.tell(msg::SET_VRING_ADDR, &vring_addr(1, 0, [desc, used, avail, 0]), &[])?;
     front.wire.tell(msg::SET_VRING_KICK, &1u64.to_ne_bytes(), &[ring.kick.as_raw_fd()])?;
     Ok(())
-}
-
-#[test]
-fn memory_regions_that_cannot_be() -> Result<()> {
-    let mut arena = Arena::new()?;
-    const M: u64 = 1 << 20;
-    let file = Memory::memfd(4 * M)?;
-    let fd = file.fd();
-    let tables: &[(&str, Vec<[u64; 4]>)] = &[
-        ("no region", vec![]),
-        ("empty region", vec![[0, 0, M, 0]]),
-        ("guest ranges overlap", vec![[0, 2 * M, 16 * M, 0], [M, M, 32 * M, 2 * M]]),
-        ("same guest address", vec![[0, M, 16 * M, 0], [0, M, 32 * M, M]]),
-        ("user ranges overlap", vec![[0, 2 * M, 16 * M, 0], [8 * M, M, 17 * M, 2 * M]]),
-        ("guest range wraps", vec![[u64::MAX - M + 2, M, 16 * M, 0]]),
-        ("user range wraps", vec![[0, M, u64::MAX - M + 2, 0]]),
-        ("offset and size wrap", vec![[0, M, 16 * M, u64::MAX - M + 2]]),
-        ("longer than its file", vec![[0, 4 * M + 4096, 16 * M, 0]]),
-        ("ends behind its file", vec![[0, 2 * M, 16 * M, 3 * M]]),
-        ("begins behind its file", vec![[0, M, 16 * M, 4 * M]]),
-        ("as large as the address space", vec![[0, u64::MAX, 16 * M, 0]]),
-        ("half the address space", vec![[0, 1 << 63, 16 * M, 0]]),
-        ("second one is bad", vec![[0, M, 16 * M, 0], [8 * M, M, 32 * M, 4 * M]]),
-        ("nine regions", (0..9).map(|i| [i * M, 4096, (16 + i) * M, 0]).collect()),
-    ];
-    for (case, regions) in tables {
-        let before = arena.complaints();
-        let front = arena.bad_negotiated()?;
-        let fds = vec![fd; regions.len().max(1)];
-        front.refused(msg::SET_MEM_TABLE, &mem_table(regions), &fds).context(*case)?;
-        drop(front);
-        arena.check_reported(before).context(*case)?;
-        // The same as a memory slot, where the table has one region only.
-        if let [region] = regions[..] {
-            let front = arena.bad_negotiated()?;
-            ensure!(front.has(protocol::CONFIGURE_MEM_SLOTS));
-            front.refused(msg::ADD_MEM_REG, &mem_reg(region), &[fd]).context(*case)?;
-        }
-        arena.check_good().context(*case)?;
-    }
-    // Slots without end, then one that overlaps.
-    let front = arena.bad_negotiated()?;
-    let slots = front.wire.ask(msg::GET_MAX_MEM_SLOTS, &[])?.u64()?;
-    for slot in 0..slots {
-        let region = [slot * 16 * M, M, (1 << 40) + slot * 16 * M, 0];
-        front.order(msg::ADD_MEM_REG, &mem_reg(region), &[fd]).with_context(|| format!("slot {slot}"))?;
-    }
-    front.refused(msg::ADD_MEM_REG, &mem_reg([slots * 16 * M, M, 1 << 50, 0]), &[fd])?;
-    drop(front);
-    let front = arena.bad_negotiated()?;
-    front.order(msg::ADD_MEM_REG, &mem_reg([0, M, 1 << 40, 0]), &[fd])?;
-    front.refused(msg::ADD_MEM_REG, &mem_reg([M / 2, M, 1 << 41, 0]), &[fd])?;
-    drop(front);
-    let front = arena.bad_negotiated()?;
-    front.refused(msg::REM_MEM_REG, &mem_reg([0, M, 1 << 40, 0]), &[])?;
-    drop(front);
-    arena.check_all()
-}
-
-/// Memory is taken away, or replaced by less, while rings in it run.
-#[test]
-fn memory_that_goes_away_under_running_rings() -> Result<()> {
-    let mut arena = Arena::new()?;
-    for replace in [false, true] {
-        let mut front = arena.bad_up()?;
-        front.prove_alive(64)?;
-        let region = front.memory.region();
-        // Whether this is allowed is the back-end's choice; what matters is what happens next.
-        let taken = if replace {
-            let other = Memory::memfd(1 << 20)?;
-            let far = [1 << 40, 1 << 20, 1 << 45, 0];
-            front.wire.order(msg::SET_MEM_TABLE, &mem_table(&[far]), &[other.fd()])
-        } else {
-            front.wire.order(msg::REM_MEM_REG, &mem_reg(region), &[])
-        };
-        for _ in 0..32 {
-            front.tx().queue_frame(12, &test_frame())?;
-            front.tx().kick()?;
-        }
-        arena.check_good().with_context(|| format!("replace {replace}: {taken:?}"))?;
-        drop(front);
-        arena.check_good()?;
-    }
-    arena.check_all()
-}
-
-/// The same region under rings that run: QEMU does this at every memory hotplug.
-#[test]
-fn the_memory_table_is_sent_again_under_running_rings() -> Result<()> {
-    let mut arena = Arena::new()?;
-    let setup =
-        Setup { protocol: Setup::default().protocol & !protocol::CONFIGURE_MEM_SLOTS, ..Setup::default() };
-    let mut front = Front::up_with(&arena.bad(), setup)?;
-    let more = Memory::memfd(8 << 20)?;
-    for round in 0..50u64 {
-        let mut regions = vec![front.memory.region()];
-        let mut fds = vec![front.memory.fd()];
-        if round % 2 == 0 {
-            regions.push([1 << 32, 8 << 20, 1 << 46, 0]);
-            fds.push(more.fd());
-        }
-        front.order(msg::SET_MEM_TABLE, &mem_table(&regions), &fds)?;
-        front.prove_alive(32).with_context(|| format!("round {round}"))?;
-    }
-    drop(front);
-    arena.check_all()
 }
 
 /// VIRTIO 1.3 §2.7: any power of two up to 32768 is a ring's size.

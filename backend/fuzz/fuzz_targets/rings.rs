@@ -63,12 +63,8 @@ impl Guest {
     fn new() -> Self {
         let file = memfd(MEM_SIZE);
         let map = |at: u64| {
-            let spec = RegionSpec {
-                guest_phys: at,
-                size: REGION,
-                user_addr: USER + at,
-                mmap_offset: REGION - at,
-            };
+            let spec =
+                RegionSpec { guest_phys: at, size: REGION, user_addr: USER + at, mmap_offset: REGION - at };
             Arc::new(Mapping::new(file.try_clone().unwrap().into(), &spec).unwrap())
         };
         let memory = GuestMemory::new(vec![map(0), map(REGION)]).unwrap();

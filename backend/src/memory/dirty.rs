@@ -54,6 +54,19 @@ impl DirtyLog {
         }
     }
 
+    /// Marks everything that is marked in `old`, a log that this one replaces and that nobody writes any more.
+    pub fn absorb(&self, old: &DirtyLog) {
+        let pages_per_byte = 8;
+        for index in 0..old.size.min(self.size) {
+            let page = index * pages_per_byte;
+            let (Some(from), Some(to)) = (old.byte(page), self.byte(page)) else { return };
+            let bits = from.load(Ordering::Acquire);
+            if bits != 0 {
+                to.fetch_or(bits, Ordering::Release);
+            }
+        }
+    }
+
     /// Pages that were written but lie beyond the log; not 0 means the front-end made it too small.
     pub fn beyond(&self) -> u64 {
         self.beyond.load(Ordering::Relaxed)
@@ -111,6 +124,18 @@ mod tests {
         log.mark(u64::MAX - 10, u64::MAX);
         assert_eq!(testing::contents(&file)[0], 0x80);
         assert_eq!(log.beyond(), 3);
+    }
+
+    #[test]
+    fn a_new_log_takes_over_what_the_old_one_has() {
+        let (old, _) = log(16);
+        let (new, file) = log(32);
+        old.mark(0x3000, 1);
+        old.mark(127 * 4096, 1);
+        new.mark(0x0, 1);
+        new.absorb(&old);
+        let bytes = testing::contents(&file);
+        assert_eq!((bytes[0], bytes[15], bytes[16]), (0b1001, 0x80, 0));
     }
 
     #[test]

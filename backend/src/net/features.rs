@@ -30,6 +30,9 @@ pub const OFFLOADS: u64 = bit(vn::VIRTIO_NET_F_CSUM)
     | bit(vn::VIRTIO_NET_F_HOST_ECN)
     | bit(vn::VIRTIO_NET_F_HOST_USO);
 
+/// Features that decide on the header's length.
+pub const HEADER_FEATURES: u64 = bit(vc::VIRTIO_F_VERSION_1) | bit(vn::VIRTIO_NET_F_MRG_RXBUF);
+
 /// Features that make the device hand over frames larger than the MTU.
 const LARGE_RECEIVE: u64 = bit(vn::VIRTIO_NET_F_GUEST_TSO4)
     | bit(vn::VIRTIO_NET_F_GUEST_TSO6)

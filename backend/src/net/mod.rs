@@ -7,4 +7,6 @@ pub mod features;
 pub mod header;
 pub mod rarp;
 pub mod rx;
+#[cfg(test)]
+mod tests;
 pub mod tx;

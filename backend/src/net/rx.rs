@@ -8,14 +8,15 @@
 //! Guest buffers are the iovecs. How long the next frame is cannot be known before it is read, so as many
 //! chains are offered as the last frame took, and behind them a buffer of our own, the *spill*. What lands
 //! there is copied to further chains; only the first frame of a run of large ones pays for that. If the guest
-//! has too few buffers for the rest, the frame is held, and goes on with the guest's next kick.
+//! has too few buffers for the rest, the frame is held, and goes on with the guest's next kick. One that a ring
+//! of that size can never take is dropped: nobody would kick any more.
 //! Chains complete in ring order.
 #![forbid(unsafe_code)]
 
 use super::counters::PairCounters;
 use super::features;
-use super::tx::End;
-use crate::memory::{AccessError, GuestMemory, IoVecs};
+use super::tx::{BURST_BYTES, End};
+use crate::memory::{AccessError, GuestMemory, IoVecs, MAX_IOVECS};
 use crate::uplink::{ReceiveError, UplinkQueue};
 use crate::virtq::{Chain, PopError, Segment, SplitQueue};
 use virtio_bindings::virtio_net as vn;
@@ -25,6 +26,8 @@ use virtio_bindings::virtio_net as vn;
 pub const SPILL_BYTES: usize = 68 * 1024;
 /// Chains that one frame may be spread over (num_buffers is a u16; the ring is the real limit).
 const CHAINS_MAX: usize = 1024;
+/// Guest pieces that one frame may be received into: what a call takes, less the spill.
+const PIECES_MAX: usize = MAX_IOVECS - 1;
 /// Where num_buffers stands in the header, bytes (VIRTIO 1.3 §5.1.6).
 const NUM_BUFFERS_OFFSET: u64 = 10;
 
@@ -66,16 +69,21 @@ impl Default for Scratch {
     }
 }
 
-/// A frame that waits for more buffers.
+/// A frame of which a part has its place in the guest. Its memory is used again for the next one.
+#[derive(Default)]
 struct Held {
     /// Chains it fills already: head and bytes.
     filled: Vec<(u16, u64)>,
     /// Where its header stands.
     header: Vec<Segment>,
-    /// Bytes that have no place yet.
+    /// Bytes that had no place yet when it came to wait...
     rest: Vec<u8>,
+    /// ... and how many of them have one by now.
+    placed: usize,
     /// Length of the frame in bytes, without header.
     frame_len: u64,
+    /// It waits for more buffers.
+    waits: bool,
 }
 
 /// The receive state of one queue pair.
@@ -83,14 +91,26 @@ struct Held {
 pub struct Receiver {
     /// Bytes the last frame took, header included: what to offer to the next.
     expect: u64,
-    held: Option<Held>,
+    held: Held,
+}
+
+/// What the steps of the receive path share.
+struct Context<'a> {
+    ring: &'a mut SplitQueue,
+    memory: &'a GuestMemory,
+    counters: &'a PairCounters,
+    settings: RxSettings,
+    /// Chains pushed in this burst.
+    used: u32,
+    /// Bytes of frames in this burst.
+    bytes: u64,
 }
 
 impl Receiver {
     /// Gives up a held frame, so that the ring's base is the first chain that was not completed.
     pub fn abandon(&mut self, ring: &mut SplitQueue, counters: &PairCounters) {
-        if let Some(held) = self.held.take() {
-            ring.unpop(held.filled.len() as u16);
+        if std::mem::take(&mut self.held.waits) {
+            ring.unpop(self.held.filled.len() as u16);
             counters.rx_dropped_stopped.add(1);
         }
     }
@@ -109,91 +129,61 @@ impl Receiver {
         counters: &PairCounters,
         budget: u32,
     ) -> (u32, End) {
-        let mut used = 0;
+        let mut context = Context { ring, memory, counters, settings, used: 0, bytes: 0 };
         let mut frames = 0;
         let end = loop {
-            if self.held.is_some() {
-                match self.place_rest(ring, memory, scratch, counters, settings) {
-                    Ok(n) => used += n,
-                    Err(end) => break end,
-                }
-                continue;
-            }
-            if frames >= budget {
-                break End::Budget;
-            }
-            match self.one(ring, memory, uplink, scratch, settings, counters) {
-                Ok(n) => {
-                    used += n;
-                    frames += 1;
-                }
-                Err(end) => break end,
+            let step = if self.held.waits {
+                self.resume(&mut context, &mut scratch.chain)
+            } else if frames >= budget || context.bytes >= BURST_BYTES {
+                Err(End::Budget)
+            } else {
+                frames += 1;
+                self.one(&mut context, uplink, scratch)
+            };
+            if let Err(end) = step {
+                break end;
             }
         };
-        (used, end)
+        (context.used, end)
     }
 
-    /// Receives one frame; returns how many chains it completed.
+    /// Receives one frame, or only refuses what cannot take one.
     #[inline]
     fn one(
         &mut self,
-        ring: &mut SplitQueue,
-        memory: &GuestMemory,
+        context: &mut Context<'_>,
         uplink: &mut dyn UplinkQueue,
         scratch: &mut Scratch,
-        settings: RxSettings,
-        counters: &PairCounters,
-    ) -> Result<u32, End> {
+    ) -> Result<(), End> {
+        let capacity = self.gather(context, scratch)?;
         let Scratch { chain, segments, heads, spill } = scratch;
-        segments.clear();
-        heads.clear();
-        let want = if settings.mergeable { self.expect.max(1) } else { 1 };
-        let mut refused = 0;
-        let mut capacity = 0;
-        while capacity < want && heads.len() < CHAINS_MAX {
-            match take_chain(ring, memory, chain, counters, heads.is_empty(), settings) {
-                Ok(Taken::Chain) => {
-                    capacity += chain.writable_len();
-                    heads.push((chain.head(), chain.writable_len()));
-                    segments.extend_from_slice(chain.writable());
-                }
-                Ok(Taken::Refused) => refused += 1,
-                Ok(Taken::None) if heads.is_empty() => {
-                    return if refused > 0 { Ok(refused) } else { Err(End::NoBuffers) };
-                }
-                Ok(Taken::None) => break,
-                Err(end) => {
-                    ring.unpop(heads.len() as u16);
-                    return Err(end);
-                }
-            }
+        let Context { ring, memory, counters, settings, .. } = context;
+        if heads.is_empty() {
+            return Ok(());
         }
         let received = {
             let mut iovecs = IoVecs::new();
-            let mut pushed = Ok(());
-            for segment in segments.iter() {
-                pushed = pushed.and_then(|()| memory.push_iovecs(segment.gpa, segment.len, &mut iovecs));
-            }
-            if let Err(error) = pushed {
+            offer(memory, segments, &mut iovecs).map(|()| {
+                iovecs.push_own_mut(spill);
+                uplink.receive(iovecs.as_slice())
+            })
+        };
+        let received = match received {
+            Ok(received) => received,
+            Err(AccessError::Missing(range)) => {
                 ring.unpop(heads.len() as u16);
-                match error {
-                    AccessError::Missing(range) => return Err(End::Parked(range)),
-                    // `take_chain` has checked the range: more pieces than one call takes. Offer fewer.
-                    _ if heads.len() > 1 => {
-                        self.expect = 0;
-                        return Ok(refused);
-                    }
-                    _ => {
-                        // One chain with more pieces than a call takes: refuse it.
-                        counters.rx_bad_chains.add(1);
-                        ring.pop(memory, chain).map_err(pop_end)?;
-                        ring.push(chain.head(), 0);
-                        return Ok(refused + 1);
-                    }
-                }
+                return Err(End::Parked(range));
             }
-            iovecs.push_own_mut(&mut spill[..]);
-            uplink.receive(iovecs.as_slice())
+            // The bad one (outside guest memory, or in too many pieces) may come later: offer only the first.
+            Err(_) if heads.len() > 1 => {
+                ring.unpop(heads.len() as u16);
+                self.expect = 0;
+                return Ok(());
+            }
+            Err(_) => {
+                context.refuse(heads[0].0);
+                return Ok(());
+            }
         };
         let len = match received {
             Ok(len) => len as u64,
@@ -211,18 +201,21 @@ impl Receiver {
         if len > capacity && !settings.mergeable {
             ring.unpop(1);
             counters.rx_dropped_too_long.add(1);
-            return Ok(refused);
+            return Ok(());
         }
         self.expect = len;
         let frame_len = len.saturating_sub(settings.header_len as u64);
         if len > capacity {
-            self.held = Some(Held {
-                filled: heads.clone(),
-                header: head_segments(segments, settings.header_len as u64),
-                rest: spill[..(len - capacity) as usize].to_vec(),
-                frame_len,
-            });
-            return Ok(refused);
+            self.held.begin(heads, segments, settings.header_len as u64, frame_len);
+            let rest = &spill[..(len - capacity) as usize];
+            let mut placed = 0;
+            let result = self.held.place(context, chain, rest, &mut placed);
+            if self.held.waits {
+                self.held.placed = 0;
+                self.held.rest.clear();
+                self.held.rest.extend_from_slice(&rest[placed..]);
+            }
+            return result;
         }
         let mut left = len;
         let mut buffers = 0;
@@ -236,59 +229,159 @@ impl Receiver {
             }
         }
         ring.unpop((heads.len() - buffers) as u16);
-        finish_header(memory, segments, settings, buffers as u16);
-        counters.rx_packets.add(1);
-        counters.rx_bytes.add(frame_len);
-        Ok(refused + buffers as u32)
+        finish_header(memory, segments, *settings, buffers as u16);
+        context.delivered(buffers as u32, frame_len);
+        Ok(())
     }
 
-    /// Finds place for the rest of a held frame; completes it when all has one.
-    fn place_rest(
+    /// Takes as many chains off the ring as the next frame may need; returns the bytes they hold.
+    #[inline]
+    fn gather(&mut self, context: &mut Context<'_>, scratch: &mut Scratch) -> Result<u64, End> {
+        let Scratch { chain, segments, heads, .. } = scratch;
+        segments.clear();
+        heads.clear();
+        let want = if context.settings.mergeable { self.expect.max(1) } else { 1 };
+        let mut capacity = 0;
+        while capacity < want && heads.len() < CHAINS_MAX {
+            match take_chain(context, chain, heads.is_empty()) {
+                Ok(Taken::Chain)
+                    if heads.is_empty() || segments.len() + chain.writable().len() <= PIECES_MAX =>
+                {
+                    capacity += chain.writable_len();
+                    heads.push((chain.head(), chain.writable_len()));
+                    segments.extend_from_slice(chain.writable());
+                }
+                Ok(Taken::Chain) => {
+                    context.ring.unpop(1);
+                    break;
+                }
+                // One step of the burst's budget: a ring full of bad chains must not take the turn.
+                Ok(Taken::Refused) => return Ok(0),
+                Ok(Taken::None) if heads.is_empty() => return Err(End::NoBuffers),
+                Ok(Taken::None) => break,
+                Err(end) => {
+                    context.ring.unpop(heads.len() as u16);
+                    return Err(end);
+                }
+            }
+        }
+        Ok(capacity)
+    }
+
+    /// Goes on with a frame that waits.
+    fn resume(&mut self, context: &mut Context<'_>, chain: &mut Chain) -> Result<(), End> {
+        let rest = std::mem::take(&mut self.held.rest);
+        let mut placed = self.held.placed;
+        let result = self.held.place(context, chain, &rest, &mut placed);
+        self.held.placed = placed;
+        self.held.rest = rest;
+        result
+    }
+}
+
+impl Held {
+    fn begin(&mut self, heads: &[(u16, u64)], segments: &[Segment], header_len: u64, frame_len: u64) {
+        self.filled.clear();
+        self.filled.extend_from_slice(heads);
+        self.header.clear();
+        self.header.extend(head_segments(segments, header_len));
+        self.frame_len = frame_len;
+        self.waits = true;
+    }
+
+    /// Finds place for `rest` from `placed` on; completes the frame when all has one.
+    fn place(
         &mut self,
-        ring: &mut SplitQueue,
-        memory: &GuestMemory,
-        scratch: &mut Scratch,
-        counters: &PairCounters,
-        settings: RxSettings,
-    ) -> Result<u32, End> {
-        let Some(held) = self.held.as_mut() else { return Ok(0) };
-        let chain = &mut scratch.chain;
-        while !held.rest.is_empty() {
-            match ring.pop(memory, chain) {
+        context: &mut Context<'_>,
+        chain: &mut Chain,
+        rest: &[u8],
+        placed: &mut usize,
+    ) -> Result<(), End> {
+        while *placed < rest.len() {
+            match context.ring.pop(context.memory, chain) {
                 Ok(true) => {}
+                Ok(false) if self.filled.len() >= context.ring.size().into() => {
+                    // All the buffers this ring can have, and still too few: nobody will kick.
+                    context.ring.unpop(self.filled.len() as u16);
+                    context.counters.rx_dropped_too_long.add(1);
+                    self.waits = false;
+                    return Ok(());
+                }
                 Ok(false) => return Err(End::NoBuffers),
                 Err(PopError::Bad { head, .. }) => {
                     // Ring order: the chain completes with the frame, as a part of no bytes.
-                    counters.rx_bad_chains.add(1);
-                    held.filled.push((head, 0));
+                    context.counters.rx_bad_chains.add(1);
+                    self.filled.push((head, 0));
                     continue;
                 }
-                Err(error) => return Err(pop_end(error)),
+                Err(PopError::Missing(range)) => return Err(End::Parked(range)),
+                Err(PopError::Broken(error)) => return Err(End::Broken(error)),
             }
-            let mut at = 0;
+            let mut at = *placed;
+            let mut bad = chain.writable_len() == 0;
             for segment in chain.writable() {
-                let take = (held.rest.len() - at).min(segment.len as usize);
-                match memory.write(segment.gpa, &held.rest[at..at + take]) {
+                let take = (rest.len() - at).min(segment.len as usize);
+                match context.memory.write(segment.gpa, &rest[at..at + take]) {
                     Ok(()) => at += take,
                     Err(AccessError::Missing(range)) => {
-                        ring.unpop(1);
+                        // What was written of this chain is written again.
+                        context.ring.unpop(1);
                         return Err(End::Parked(range));
                     }
-                    Err(_) => break,
+                    Err(_) => {
+                        bad = true;
+                        break;
+                    }
+                }
+                if at == rest.len() {
+                    break;
                 }
             }
-            held.filled.push((chain.head(), at as u64));
-            held.rest.drain(..at);
+            if bad {
+                context.counters.rx_bad_chains.add(1);
+            }
+            self.filled.push((chain.head(), (at - *placed) as u64));
+            *placed = at;
         }
-        let Some(held) = self.held.take() else { return Ok(0) };
-        for (head, filled) in &held.filled {
-            ring.push(*head, *filled as u32);
+        for (head, filled) in &self.filled {
+            context.ring.push(*head, *filled as u32);
         }
-        finish_header(memory, &held.header, settings, held.filled.len() as u16);
-        counters.rx_packets.add(1);
-        counters.rx_bytes.add(held.frame_len);
-        Ok(held.filled.len() as u32)
+        finish_header(context.memory, &self.header, context.settings, self.filled.len() as u16);
+        context.delivered(self.filled.len() as u32, self.frame_len);
+        self.waits = false;
+        Ok(())
     }
+}
+
+impl Context<'_> {
+    #[inline]
+    fn delivered(&mut self, chains: u32, frame_len: u64) {
+        self.used += chains;
+        self.bytes += frame_len;
+        self.counters.rx_packets.add(1);
+        self.counters.rx_bytes.add(frame_len);
+    }
+
+    /// Completes a chain, the only one in work, without bytes.
+    fn refuse(&mut self, head: u16) {
+        self.counters.rx_bad_chains.add(1);
+        self.ring.push(head, 0);
+        self.used += 1;
+    }
+}
+
+/// Offers guest memory to a call that has room for one more piece.
+#[inline]
+fn offer<'m>(
+    memory: &'m GuestMemory,
+    segments: &[Segment],
+    iovecs: &mut IoVecs<'m>,
+) -> Result<(), AccessError> {
+    for segment in segments {
+        memory.push_iovecs(segment.gpa, segment.len, iovecs)?;
+    }
+    // More and the kernel refuses the call (EINVAL).
+    if iovecs.len() > PIECES_MAX { Err(AccessError::Full) } else { Ok(()) }
 }
 
 enum Taken {
@@ -298,16 +391,10 @@ enum Taken {
 }
 
 /// Takes the next usable chain off the ring into `chain`; a bad one is completed empty.
-fn take_chain(
-    ring: &mut SplitQueue,
-    memory: &GuestMemory,
-    chain: &mut Chain,
-    counters: &PairCounters,
-    first: bool,
-    settings: RxSettings,
-) -> Result<Taken, End> {
-    let needed = if first { settings.header_len as u64 } else { 1 };
-    let head = match ring.pop(memory, chain) {
+#[inline]
+fn take_chain(context: &mut Context<'_>, chain: &mut Chain, first: bool) -> Result<Taken, End> {
+    let needed = if first { context.settings.header_len as u64 } else { 1 };
+    let head = match context.ring.pop(context.memory, chain) {
         Ok(true) if chain.writable_len() >= needed => return Ok(Taken::Chain),
         Ok(true) => chain.head(),
         Ok(false) => return Ok(Taken::None),
@@ -315,25 +402,16 @@ fn take_chain(
             tracing::debug!(head, %why, "receive chain refused");
             head
         }
-        Err(error) => return Err(pop_end(error)),
+        Err(PopError::Missing(range)) => return Err(End::Parked(range)),
+        Err(PopError::Broken(error)) => return Err(End::Broken(error)),
     };
     if !first {
         // Completed in its turn, when it is the first: ring order.
-        ring.unpop(1);
+        context.ring.unpop(1);
         return Ok(Taken::None);
     }
-    counters.rx_bad_chains.add(1);
-    ring.push(head, 0);
+    context.refuse(head);
     Ok(Taken::Refused)
-}
-
-fn pop_end(error: PopError) -> End {
-    match error {
-        PopError::Missing(range) => End::Parked(range),
-        PopError::Broken(error) => End::Broken(error),
-        // Callers deal with it before; a bad chain that shows up here has been looked at once more.
-        PopError::Bad { .. } => End::NoBuffers,
-    }
 }
 
 /// Sets num_buffers (VIRTIO 1.3 §5.1.6.4.1), which the uplink leaves open.
@@ -364,17 +442,13 @@ fn finish_header(memory: &GuestMemory, segments: &[Segment], settings: RxSetting
 }
 
 /// The pieces that hold the first `len` bytes.
-fn head_segments(segments: &[Segment], len: u64) -> Vec<Segment> {
+fn head_segments(segments: &[Segment], len: u64) -> impl Iterator<Item = Segment> + '_ {
     let mut at = 0;
-    segments
-        .iter()
-        .take_while(|segment| {
-            let before = at;
-            at += u64::from(segment.len);
-            before < len
-        })
-        .copied()
-        .collect()
+    segments.iter().copied().take_while(move |segment| {
+        let before = at;
+        at += u64::from(segment.len);
+        before < len
+    })
 }
 
 fn mark_written(memory: &GuestMemory, segments: &[Segment], mut len: u64) {

@@ -6,7 +6,7 @@
 
 use super::counters::PairCounters;
 use super::header::VirtioNetHdr;
-use crate::memory::{AccessError, GuestMemory, IoVecs, MissingRange};
+use crate::memory::{AccessError, GuestMemory, IoVecs, MAX_IOVECS, MissingRange};
 use crate::uplink::{SendError, UplinkQueue};
 use crate::virtq::{Chain, PopError, QueueError, SplitQueue};
 
@@ -14,6 +14,8 @@ use crate::virtq::{Chain, PopError, QueueError, SplitQueue};
 pub const FRAME_MIN: u64 = 14;
 /// Longest frame taken from a guest: a 64 KiB packet with Ethernet header and two VLAN tags, bytes.
 pub const FRAME_MAX: u64 = 65_535 + 14 + 8;
+/// Bytes of frames after which a burst ends: large frames must not make other queues wait.
+pub const BURST_BYTES: u64 = 512 << 10;
 /// Longest virtio-net header, bytes.
 pub const HEADER_MAX: usize = 12;
 
@@ -63,7 +65,7 @@ pub fn run(
     let mut used = 0;
     let (mut packets, mut bytes) = (0, 0);
     let end = loop {
-        if used == budget {
+        if used >= budget || bytes >= BURST_BYTES {
             break End::Budget;
         }
         match ring.pop(memory, chain) {
@@ -171,6 +173,10 @@ fn send(
     }
     for segment in segments {
         memory.push_iovecs(segment.gpa, segment.len, &mut iovecs)?;
+    }
+    // More than a call takes, the header included: the kernel would refuse it (EINVAL).
+    if iovecs.len() > MAX_IOVECS {
+        return Err(Refusal::Memory(AccessError::Full));
     }
     uplink.send(iovecs.as_slice()).map_err(Refusal::Uplink)?;
     Ok(frame_len)

@@ -141,13 +141,13 @@ pub struct Connection {
     pub epoch: u32,
     receive: Option<OpId>,
     outbox: VecDeque<Vec<u8>>,
-    sending: bool,
+    sending: Option<OpId>,
 }
 
 impl Connection {
     /// A connection just made.
     pub fn new(socket: OwnedFd, epoch: u32) -> Self {
-        Self { socket: Arc::new(socket), epoch, receive: None, outbox: VecDeque::new(), sending: false }
+        Self { socket: Arc::new(socket), epoch, receive: None, outbox: VecDeque::new(), sending: None }
     }
 
     /// Reads on, unless a read is under way.
@@ -173,11 +173,10 @@ impl Connection {
     }
 
     fn send_next<T: Copy>(&mut self, reactor: &mut Reactor<T>, token: T) {
-        if !self.sending
+        if self.sending.is_none()
             && let Some(bytes) = self.outbox.pop_front()
         {
-            self.sending = true;
-            reactor.send(&self.socket, Outgoing::new(bytes, None), token);
+            self.sending = Some(reactor.send(&self.socket, Outgoing::new(bytes, None), token));
         }
     }
 
@@ -198,18 +197,27 @@ impl Connection {
             Err(error) => return Err(error),
         };
         if message.advance(n) {
-            self.sending = false;
+            self.sending = None;
             self.send_next(reactor, token);
         } else {
-            reactor.send(&self.socket, message, token);
+            self.sending = Some(reactor.send(&self.socket, message, token));
         }
         Ok(())
     }
 }
 
+impl Connection {
+    /// Ends the connection: what is being sent may still go out if the peer takes it at once.
+    pub fn end<T: Copy>(self, reactor: &mut Reactor<T>) {
+        if let Some(op) = self.sending {
+            reactor.cancel(op);
+        }
+    }
+}
+
 impl Drop for Connection {
     fn drop(&mut self) {
-        // A read or send under way keeps the file alive; this ends it.
-        let _ = nix::sys::socket::shutdown(self.socket.as_raw_fd(), nix::sys::socket::Shutdown::Both);
+        // A read under way keeps the file alive; this ends it.
+        let _ = nix::sys::socket::shutdown(self.socket.as_raw_fd(), nix::sys::socket::Shutdown::Read);
     }
 }

@@ -8,10 +8,10 @@ use super::Port;
 use super::connection::{Connection, Endpoint, client_socket};
 use super::helper::{Helper, Job, JobDone};
 use super::plan::{Purpose, Step as PlanStep};
-use crate::reactor::message::UnixAddress;
+use crate::reactor::message::{RECV_FDS, UnixAddress};
 use crate::reactor::{Done, Reactor, crowd};
 use crate::session::{Outcome, Step};
-use crate::worker::{Command, Event, PairKey, Reply, ToControl};
+use crate::worker::{Command, Direction, Event, PairKey, Reply, ToControl};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -139,6 +139,17 @@ impl Control {
         }
     }
 
+    /// Waits for the connection after one that has ended: a client pauses first, or a server that ends every
+    /// connection would keep us busy.
+    fn await_next<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>, id: usize) {
+        if !matches!(self.ports[id].endpoint, Endpoint::Connect { .. }) {
+            return self.await_front_end(reactor, id);
+        }
+        let pause = self.ports[id].endpoint.next_pause();
+        let retry = self.token(id, PortOp::Retry);
+        reactor.timer(pause, retry.into());
+    }
+
     fn connected<T: Copy + From<ControlToken>>(
         &mut self,
         reactor: &mut Reactor<T>,
@@ -147,10 +158,9 @@ impl Control {
     ) {
         let epoch = self.epochs[id];
         let port = &mut self.ports[id];
-        port.endpoint.connected();
         port.connection = Some(Connection::new(socket, epoch));
         port.session = Some(port.new_session());
-        tracing::info!(port = port.name(), "front-end connected");
+        port.note(&"front-end connected");
         self.drive(reactor, id);
     }
 
@@ -199,7 +209,12 @@ impl Control {
                 let fds = buffer.take_fds();
                 if buffer.truncated() {
                     self.ports[id].failures += 1;
-                    return self.close(reactor, id, "more file descriptors in one read than any message has");
+                    let why = if fds.len() < RECV_FDS {
+                        "file descriptors were lost: this process has no room for more (raise LimitNOFILE, ulimit -n)"
+                    } else {
+                        "more file descriptors in one read than any message has"
+                    };
+                    return self.close(reactor, id, why);
                 }
                 if buffer.strangers() > 0 && crowd() {
                     let port = &mut self.ports[id];
@@ -211,6 +226,8 @@ impl Control {
                 if let Some(Err(error)) = fed {
                     return self.fail(reactor, id, &error);
                 }
+                // It speaks: if it goes, it may come back soon.
+                self.ports[id].endpoint.connected();
                 self.drive(reactor, id);
             }
             (PortOp::Send, Done::Sent(result, message)) => {
@@ -255,7 +272,7 @@ impl Control {
                 }
                 let plan = std::mem::take(&mut self.ports[id].plan);
                 if plan.purpose == Purpose::Teardown {
-                    return self.await_front_end(reactor, id);
+                    return self.await_next(reactor, id);
                 }
                 let outcome = plan.outcome.unwrap_or(Outcome::Done);
                 if let Some(session) = self.ports[id].session.as_mut() {
@@ -355,6 +372,10 @@ impl Control {
         match event {
             Event::RingBroken(direction, why) => {
                 port.warn(&format_args!("queue pair {}: {direction:?} ring given up: {why}", key.pair));
+                let job = if direction == Direction::Receive { port.leave_steering(key.pair) } else { None };
+                if let Some(job) = job {
+                    self.helper.submit(key.port, job);
+                }
             }
             Event::UplinkDown(why) => {
                 let uplink = port.uplink.clone();
@@ -385,10 +406,12 @@ impl Control {
         // Completions of this connection mean nothing from now on.
         self.epochs[id] = self.epochs[id].wrapping_add(1);
         let port = &mut self.ports[id];
-        port.connection = None;
+        if let Some(connection) = port.connection.take() {
+            connection.end(reactor);
+        }
         port.session = None;
         let summary = port.summary();
-        tracing::info!(port = port.name(), "{why}; {summary}");
+        port.note(&format_args!("{why}; {summary}"));
         port.begin_teardown();
         self.drive(reactor, id);
     }

@@ -1,7 +1,7 @@
 //! The control helper thread: every call that may sleep (DESIGN rule 1).
 //!
-//! Mapping and unmapping guest memory, and network configuration, which waits for the kernel's network lock. One
-//! thread, jobs in order, answers by message. It never touches guest pages.
+//! Mapping guest memory, and network configuration, which waits for the kernel's network lock: one thread, jobs in
+//! order, answers by message. Unmapping: a second thread, no answers. Neither touches guest pages.
 #![forbid(unsafe_code)]
 
 use crate::memory::{DirtyLog, Mapping, RegionSpec};
@@ -33,6 +33,15 @@ pub enum Job {
     Configure(Arc<dyn Uplink>, FrameFormat),
     /// Set the uplink's MTU.
     SetMtu(Arc<dyn Uplink>, u16),
+    /// Carry what is marked in a replaced dirty log over into the new one.
+    MergeLogs {
+        /// The log before.
+        old: Arc<DirtyLog>,
+        /// The log now.
+        new: Arc<DirtyLog>,
+    },
+    /// Take a queue out of the steering whose ring was given up. No answer.
+    LeaveSteering(Arc<dyn Uplink>, u16),
     /// Put queues into the uplink's steering or take them out.
     Queues(Arc<dyn Uplink>, Vec<(u16, bool)>),
 }
@@ -52,9 +61,10 @@ pub enum JobDone {
 /// The thread's handle, owned by control.
 pub struct Helper {
     jobs: Option<Sender<(u16, Job)>>,
+    releases: Option<Sender<Box<dyn Any + Send>>>,
     results: Receiver<(u16, JobDone)>,
     bell: Arc<OwnedFd>,
-    thread: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl Helper {
@@ -78,7 +88,12 @@ impl Helper {
                 let _ = nix::unistd::write(&*ring, &1_u64.to_ne_bytes());
             }
         })?;
-        Ok(Self { jobs: Some(jobs), results, bell, thread: Some(thread) })
+        // Unmapping 64 GiB takes a while, and nobody waits for it: it must not hold up another port's jobs.
+        let (releases, memory) = channel::<Box<dyn Any + Send>>();
+        let release =
+            Builder::new().name("memory-release".into()).spawn(move || memory.into_iter().for_each(drop))?;
+        let threads = vec![thread, release];
+        Ok(Self { jobs: Some(jobs), releases: Some(releases), results, bell, threads })
     }
 
     /// The eventfd that is written after each answer; poll it, do not read it.
@@ -88,8 +103,11 @@ impl Helper {
 
     /// Gives the thread a job of a port.
     pub fn submit(&self, port: u16, job: Job) {
-        let sent = self.jobs.as_ref().map(|jobs| jobs.send((port, job)));
-        if !matches!(sent, Some(Ok(()))) {
+        let sent = match job {
+            Job::Release(memory) => self.releases.as_ref().is_some_and(|thread| thread.send(memory).is_ok()),
+            job => self.jobs.as_ref().is_some_and(|thread| thread.send((port, job)).is_ok()),
+        };
+        if !sent {
             tracing::error!("the control helper thread is gone");
         }
     }
@@ -103,10 +121,11 @@ impl Helper {
 impl Drop for Helper {
     fn drop(&mut self) {
         self.jobs = None;
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the control helper thread has panicked");
+        self.releases = None;
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a control helper thread has panicked");
+            }
         }
     }
 }
@@ -126,8 +145,19 @@ fn perform(job: Job) -> Option<JobDone> {
         Job::MapLog { fd, size, offset } => JobDone::LogMapped(
             DirtyLog::new(fd, size, offset).map(Arc::new).map_err(|error| format!("dirty log: {error}")),
         ),
+        // Normally on its own thread.
         Job::Release(memory) => {
             drop(memory);
+            return None;
+        }
+        Job::MergeLogs { old, new } => {
+            new.absorb(&old);
+            JobDone::Ended(Ok(()))
+        }
+        Job::LeaveSteering(uplink, queue) => {
+            if let Err(error) = uplink.set_queue_active(queue, false) {
+                tracing::debug!(%error, "{}: queue {queue}", uplink.describe());
+            }
             return None;
         }
         Job::Configure(uplink, format) => JobDone::Ended(

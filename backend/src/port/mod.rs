@@ -24,16 +24,18 @@ use crate::memory::{DirtyLog, GuestMemory};
 use crate::net::counters::{PairCounters, PairCounts};
 use crate::net::features;
 use crate::session::{ConfigSpace, Session, SessionConfig, protocol_feature};
-use crate::uplink::Uplink;
+use crate::uplink::{FrameFormat, Uplink};
 use connection::Connection;
 use limit::LogLimit;
 use plan::Plan;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-/// Memory slots offered to front-ends that add regions one by one (CONFIGURE_MEM_SLOTS). QEMU takes the smaller
-/// of this and its own limit; each slot costs a file descriptor.
-pub const MEM_SLOTS: u64 = 509;
+/// Most memory slots offered to a front-end that adds regions one by one (CONFIGURE_MEM_SLOTS). QEMU takes the
+/// smaller of this and its own limit; each slot costs a file descriptor.
+pub const MEM_SLOTS_MAX: u64 = 509;
+/// Fewest memory slots offered, however many ports there are: as many regions as SET_MEM_TABLE has.
+pub const MEM_SLOTS_MIN: u64 = 8;
 
 /// One vhost-user device with its uplink.
 pub struct Port {
@@ -51,12 +53,16 @@ pub struct Port {
     pub(crate) memory: GuestMemory,
     pub(crate) log: Option<Arc<DirtyLog>>,
     pub(crate) log_on: bool,
-    /// Which rings run and are enabled; a pair takes part in the uplink's steering while one of its rings does.
+    /// Which pairs take part in the uplink's steering: those whose receive ring runs and is enabled.
     pub(crate) live: Vec<bool>,
     pub(crate) plan: Plan,
     /// Messages from us to the front-end would go here; none is needed so far.
     pub(crate) backend_channel: Option<OwnedFd>,
+    /// The frame format that the uplink was last told.
+    pub(crate) format: Option<FrameFormat>,
+    mem_slots: u64,
     pub(crate) warnings: LogLimit,
+    pub(crate) notes: LogLimit,
     /// Connections that were refused their goal: session errors, vanished memory.
     pub(crate) failures: u64,
     /// Its front-end brought too many descriptors that take long to close: no other is served before they are gone.
@@ -73,8 +79,9 @@ impl Port {
         uplink: Arc<dyn Uplink>,
         counters: Vec<Arc<PairCounters>>,
         endpoint: connection::Endpoint,
+        mem_slots: u64,
     ) -> Self {
-        let rings = 2 * usize::from(config.queue_pairs);
+        let pairs = usize::from(config.queue_pairs);
         Self {
             id,
             config,
@@ -86,10 +93,13 @@ impl Port {
             memory: GuestMemory::empty(),
             log: None,
             log_on: false,
-            live: vec![false; rings],
+            live: vec![false; pairs],
             plan: Plan::default(),
             backend_channel: None,
+            format: None,
+            mem_slots,
             warnings: LogLimit::default(),
+            notes: LogLimit::default(),
             failures: 0,
             brought_strangers: false,
             refused: 0,
@@ -138,7 +148,7 @@ impl Port {
             features: virtio,
             protocol_features: protocol_features & !self.config.disabled_protocol_features,
             queue_pairs: self.pairs(),
-            max_mem_slots: MEM_SLOTS,
+            max_mem_slots: self.mem_slots,
             config_space: config_space.and_then(ConfigSpace::new),
             mtu_max: self.config.mtu.unwrap_or(u16::MAX),
         })

@@ -53,6 +53,8 @@ pub(crate) struct Plan {
     mapping: MapFor,
     /// The ring that is being started: if that fails, its pair leaves the steering again.
     starting: Option<u16>,
+    /// What to go back to if SET_FEATURES fails.
+    log_on_before: Option<bool>,
     pub(crate) outcome: Option<Outcome>,
 }
 
@@ -128,7 +130,7 @@ impl Port {
             }
             Effect::SetMtu(mtu) => self.push(Step::Job(Job::SetMtu(self.uplink.clone(), mtu))),
             Effect::SendRarp(mac) => {
-                tracing::info!(port = self.name(), "announcing {}", mac_text(mac));
+                self.note(&format_args!("announcing {}", mac_text(mac)));
                 self.uplink
                     .announce(&crate::net::rarp::frame(mac))
                     .map_err(|error| format!("{}: announcement: {error}", self.uplink.describe()))?;
@@ -180,13 +182,35 @@ impl Port {
     }
 
     fn set_features(&mut self, acked: u64, log_all: bool) {
+        self.plan.log_on_before = Some(self.log_on);
         self.log_on = log_all;
-        self.push(Step::Job(Job::Configure(self.uplink.clone(), features::frame_format(acked))));
+        self.configure(acked);
         let snapshot = self.snapshot();
         let commands = (0..self.pairs())
             .flat_map(|pair| [(pair, Command::Features(acked)), (pair, Command::Memory(snapshot.clone()))])
             .collect();
         self.push(Step::Pairs(commands));
+        // The migration is over (or has failed): the next one brings a log of its own.
+        if !log_all && self.plan.log_on_before == Some(true) {
+            self.check_log();
+            if let Some(log) = self.log.take() {
+                self.push(release(log));
+            }
+        }
+    }
+
+    /// Tells the uplink what frames look like, where that changes.
+    fn configure(&mut self, acked: u64) {
+        let format = features::frame_format(acked & (features::OFFLOADS | features::HEADER_FEATURES));
+        if self.format.replace(format) != Some(format) {
+            self.push(Step::Job(Job::Configure(self.uplink.clone(), format)));
+        }
+    }
+
+    /// A pair's receive ring was given up: frames must not be steered to it.
+    pub(crate) fn leave_steering(&mut self, pair: u16) -> Option<Job> {
+        let live = self.live.get_mut(usize::from(pair))?;
+        (std::mem::take(live) && pair > 0).then(|| Job::LeaveSteering(self.uplink.clone(), pair))
     }
 
     fn start_ring(&mut self, index: u16, config: RingConfig, kick: Option<OwnedFd>) -> Result<(), String> {
@@ -199,16 +223,14 @@ impl Port {
         Ok(())
     }
 
-    /// Puts the ring's pair into the uplink's steering or takes it out, where that changes with this ring.
+    /// Puts a pair into the uplink's steering or takes it out, with its receive ring. The first pair always takes part.
     fn steer(&mut self, index: u16, live: bool) {
-        let ring = usize::from(index);
-        let other = self.live.get(ring ^ 1).copied().unwrap_or(false);
-        let Some(slot) = self.live.get_mut(ring) else { return };
-        let before = *slot || other;
-        *slot = live;
-        let after = live || other;
-        if before != after {
-            self.push(Step::Job(Job::Queues(self.uplink.clone(), vec![(index / 2, after)])));
+        let pair = index / 2;
+        let Some(slot) = self.live.get_mut(usize::from(pair)).filter(|_| index.is_multiple_of(2)) else {
+            return;
+        };
+        if std::mem::replace(slot, live) != live && pair > 0 {
+            self.push(Step::Job(Job::Queues(self.uplink.clone(), vec![(pair, live)])));
         }
     }
 
@@ -240,8 +262,12 @@ impl Port {
     pub(crate) fn log_mapped(&mut self, result: Result<Arc<crate::memory::DirtyLog>, String>) {
         match result {
             Ok(log) if self.plan.purpose == Purpose::Effect => {
-                if let Some(old) = self.log.replace(log) {
-                    self.plan.steps.push_front(release(old));
+                self.check_log();
+                if let Some(old) = self.log.replace(log.clone()) {
+                    // A device that is started again in the middle of a migration gets its log last; what it wrote
+                    // to the old one since belongs into the new one. Too many bits do no harm.
+                    self.plan.steps.push_front(release(old.clone()));
+                    self.plan.steps.push_front(Step::Job(Job::MergeLogs { old, new: log }));
                 }
                 let share = self.share_memory();
                 self.plan.steps.push_front(share);
@@ -255,8 +281,12 @@ impl Port {
     pub(crate) fn failed(&mut self, why: String) {
         if self.plan.purpose == Purpose::Effect {
             self.plan.refuse(why);
+            self.format = None;
             if let Some(index) = self.plan.starting.take() {
                 self.steer(index, false);
+            }
+            if let Some(before) = self.plan.log_on_before.take() {
+                self.log_on = before;
             }
         }
     }
@@ -268,11 +298,16 @@ impl Port {
         self.plan.drop_steps();
         let resets = (0..self.pairs()).map(|pair| (pair, Command::Reset)).collect();
         self.push(Step::Pairs(resets));
-        let queues: Vec<_> = (1..self.pairs()).map(|pair| (pair, false)).collect();
+        let queues: Vec<_> = (1..self.pairs())
+            .filter(|pair| self.live[usize::from(*pair)])
+            .map(|pair| (pair, false))
+            .collect();
         if !queues.is_empty() {
             self.push(Step::Job(Job::Queues(self.uplink.clone(), queues)));
         }
         self.live.fill(false);
+        self.configure(0);
+        self.check_log();
         let memory = std::mem::replace(&mut self.memory, GuestMemory::empty());
         let log = self.log.take();
         self.log_on = false;

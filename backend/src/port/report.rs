@@ -15,6 +15,27 @@ impl Port {
         tracing::warn!(port = self.name(), "{text}");
     }
 
+    /// A line that the peer can cause, though nothing is wrong: rate-limited.
+    pub(crate) fn note(&mut self, text: &dyn std::fmt::Display) {
+        if let Some(suppressed) = self.notes.allow(Instant::now()) {
+            if suppressed > 0 {
+                tracing::info!(port = self.name(), "{suppressed} lines left out");
+            }
+            tracing::info!(port = self.name(), "{text}");
+        }
+    }
+
+    /// Says if the dirty log was too small for what was written: pages are missing from the migration.
+    pub(crate) fn check_log(&mut self) {
+        let beyond = self.log.as_ref().map_or(0, |log| log.beyond());
+        if beyond > 0 {
+            self.failures += 1;
+            self.warn(&format_args!(
+                "{beyond} pages were written that the front-end's dirty log is too small for"
+            ));
+        }
+    }
+
     /// The counters that are not zero, in one line.
     pub(crate) fn summary(&self) -> String {
         let counts = self.counts();

@@ -8,6 +8,7 @@ use super::probe::{self, SetupError};
 use io_uring::types::{CancelBuilder, Fd, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use slab::Slab;
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
@@ -17,6 +18,9 @@ use std::time::Duration;
 const MAIL: u64 = u64::MAX;
 /// user_data of operations whose completion nobody waits for (cancel requests, sent wake-ups).
 const NOBODY: u64 = u64::MAX - 1;
+/// user_data of wake-ups that this worker sends: the target's ring descriptor stands in the low half. Their
+/// completions come only if they fail.
+const WAKE: u64 = (u64::MAX - 1) << 32 | 1 << 31;
 /// How often a closing reactor looks for the completions of what it cancelled before it leaks the rest.
 const DRAIN_ROUNDS: usize = 100;
 
@@ -67,6 +71,8 @@ struct InFlight<T> {
 pub struct Reactor<T> {
     ring: IoUring,
     ops: Slab<InFlight<T>>,
+    /// Entries that found the submission queue full, in order.
+    backlog: VecDeque<squeue::Entry>,
     generation: u32,
 }
 
@@ -76,7 +82,12 @@ impl<T: Copy> Reactor<T> {
     /// # Errors
     /// See [`SetupError`].
     pub fn new() -> Result<Self, SetupError> {
-        Ok(Self { ring: probe::build()?, ops: Slab::with_capacity(64), generation: 0 })
+        Ok(Self {
+            ring: probe::build()?,
+            ops: Slab::with_capacity(64),
+            backlog: VecDeque::new(),
+            generation: 0,
+        })
     }
 
     /// The ring's descriptor, for wake-ups from other workers.
@@ -170,7 +181,7 @@ impl<T: Copy> Reactor<T> {
         let entry = opcode::MsgRingData::new(Fd(ring_fd), 0, MAIL, None)
             .build()
             .flags(squeue::Flags::SKIP_SUCCESS)
-            .user_data(NOBODY);
+            .user_data(WAKE | ring_fd as u64);
         self.push(&entry);
     }
 
@@ -178,22 +189,28 @@ impl<T: Copy> Reactor<T> {
         self.generation = self.generation.wrapping_add(1);
         let generation = self.generation;
         let key = self.ops.insert(InFlight { token, generation, body, _fd: fd.cloned() });
-        // The slab holds far fewer than 2^31 operations, so no key can look like MAIL or NOBODY.
+        // Bit 31 is clear in every operation's id, and set in MAIL, NOBODY and WAKE.
         let id = (u64::from(generation) << 32 | key as u64) & !(1 << 31);
         self.push(&entry.user_data(id));
         OpId(id)
     }
 
     fn push(&mut self, entry: &squeue::Entry) {
-        loop {
-            // SAFETY: everything the entry points to is owned by `ops` (or static) until its completion.
+        // SAFETY: everything the entry points to is owned by `ops` (or static) until its completion.
+        if !self.backlog.is_empty() || unsafe { self.ring.submission().push(entry) }.is_err() {
+            self.backlog.push_back(entry.clone());
+        }
+    }
+
+    /// Moves the backlog into the submission queue as far as there is room, handing it over as often as the kernel
+    /// takes it. What stays (the kernel's back-pressure) goes in a later turn.
+    fn push_backlog(&mut self) {
+        while let Some(entry) = self.backlog.front() {
+            // SAFETY: as in `push`.
             if unsafe { self.ring.submission().push(entry) }.is_ok() {
+                self.backlog.pop_front();
+            } else if !matches!(self.ring.submit(), Ok(n) if n > 0) {
                 return;
-            }
-            // Full: hand over what is there. EBUSY and EAGAIN are the kernel's back-pressure: reaping in the
-            // next turn frees it, and the entries stay queued meanwhile; SQ_ENTRIES bounds the loop.
-            if let Err(error) = self.ring.submit() {
-                tracing::debug!(%error, "io_uring submit");
             }
         }
     }
@@ -205,12 +222,13 @@ impl<T: Copy> Reactor<T> {
     /// # Errors
     /// What `io_uring_enter` says, except interruption and back-pressure.
     pub fn turn(&mut self, wait: bool, out: &mut Vec<(T, Done)>, mail: &mut bool) -> io::Result<()> {
+        self.push_backlog();
         let (pending, work) = {
             let sq = self.ring.submission();
             (sq.len(), sq.taskrun() || sq.cq_overflow())
         };
         let ready = !self.ring.completion().is_empty();
-        let want = usize::from(wait && !ready);
+        let want = usize::from(wait && !ready && self.backlog.is_empty());
         if pending > 0 || work || want > 0 {
             // SAFETY: the entries handed over are valid (see `push`); no argument is passed.
             let entered = unsafe {
@@ -232,6 +250,7 @@ impl<T: Copy> Reactor<T> {
     }
 
     fn reap(&mut self, out: &mut Vec<(T, Done)>, mail: &mut bool) {
+        let mut failed_wakes = Vec::new();
         for cqe in self.ring.completion() {
             let id = cqe.user_data();
             if id == MAIL {
@@ -239,6 +258,10 @@ impl<T: Copy> Reactor<T> {
                 continue;
             }
             if id == NOBODY {
+                continue;
+            }
+            if id & !0x7fff_ffff == WAKE {
+                failed_wakes.push((id & 0x7fff_ffff) as RawFd);
                 continue;
             }
             let key = (id & 0x7fff_ffff) as usize;
@@ -270,6 +293,11 @@ impl<T: Copy> Reactor<T> {
             };
             out.push((op.token, done));
         }
+        // The mail is in the box; only the bell did not ring (no memory for the entry, mostly): again.
+        for ring_fd in failed_wakes {
+            tracing::debug!(ring_fd, "a wake-up failed and is repeated");
+            self.ring_mailbox(ring_fd);
+        }
     }
 }
 
@@ -290,7 +318,7 @@ impl<T> Drop for Reactor<T> {
             let _ = self.ring.submitter().submit_with_args(1, &args);
             for cqe in self.ring.completion() {
                 let key = (cqe.user_data() & 0x7fff_ffff) as usize;
-                let internal = cqe.user_data() >= NOBODY;
+                let internal = cqe.user_data() & 1 << 31 != 0;
                 if !internal && !cqueue::more(cqe.flags()) && self.ops.contains(key) {
                     self.ops.remove(key);
                 }

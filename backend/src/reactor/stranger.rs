@@ -12,7 +12,7 @@ use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname
 use nix::unistd::{close, pipe};
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread::Builder;
 
 /// Threads that close strangers at the same time; more strangers wait until one of these is through.
@@ -24,11 +24,14 @@ const CLOSER_STACK: usize = 64 << 10;
 const STRANGERS_MAX: usize = 64;
 
 struct Waiting {
+    /// Threads, busy and idle. They stay: starting one for each stranger would cost more than it is worth.
     closers: usize,
+    idle: usize,
     queue: VecDeque<RawFd>,
 }
 
-static WAITING: Mutex<Waiting> = Mutex::new(Waiting { closers: 0, queue: VecDeque::new() });
+static WAITING: Mutex<Waiting> = Mutex::new(Waiting { closers: 0, idle: 0, queue: VecDeque::new() });
+static ARRIVED: Condvar = Condvar::new();
 
 /// The descriptor itself if the loop may close it, else a stand-in, or `None` if there is no descriptor left for one:
 /// then the receiver misses it, which it refuses as well.
@@ -48,7 +51,7 @@ pub(super) fn admit(fd: OwnedFd, strangers: &mut usize) -> Option<OwnedFd> {
 /// a front-end that brings more of them must not be read from until this is over.
 pub fn crowd() -> bool {
     let waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
-    waiting.closers + waiting.queue.len() > STRANGERS_MAX
+    waiting.closers - waiting.idle + waiting.queue.len() > STRANGERS_MAX
 }
 
 /// Whether closing cannot wait. None of these questions reaches a file system or a driver.
@@ -70,20 +73,26 @@ fn close_elsewhere(fd: OwnedFd) {
     let mut waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
     waiting.queue.push_back(fd);
     let closer = || Builder::new().name("closer".into()).stack_size(CLOSER_STACK);
-    if waiting.closers < CLOSERS_MAX && closer().spawn(close_strangers).is_ok() {
+    let more = waiting.queue.len() > waiting.idle && waiting.closers < CLOSERS_MAX;
+    if more && closer().spawn(close_strangers).is_ok() {
         waiting.closers += 1;
+    } else {
+        ARRIVED.notify_one();
     }
 }
 
 fn close_strangers() {
+    let mut waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
     loop {
-        let mut waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(fd) = waiting.queue.pop_front() else {
-            waiting.closers -= 1;
-            return;
-        };
-        drop(waiting);
-        let _ = close(fd);
+        if let Some(fd) = waiting.queue.pop_front() {
+            drop(waiting);
+            let _ = close(fd);
+            waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
+        } else {
+            waiting.idle += 1;
+            waiting = ARRIVED.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+            waiting.idle -= 1;
+        }
     }
 }
 

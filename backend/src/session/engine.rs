@@ -306,6 +306,11 @@ impl<F: 'static> Session<F> {
 
     fn features_set(&mut self, features: u64) {
         let before: Vec<bool> = self.rings.iter().map(|ring| ring.is_enabled(&self.agreed)).collect();
+        // The migration is over, or has failed: the front-end frees its log, and brings another for the next one
+        // (cloud-hypervisor #8918). Rings that start with LOG_ALL then must wait for it.
+        if self.agreed.log_all() && features & super::virtio_feature::LOG_ALL == 0 {
+            self.agreed.log = LogState::None;
+        }
         self.agreed.features = features;
         for ((ring, index), before) in self.rings.iter().zip(0u16..).zip(before) {
             if ring.is_enabled(&self.agreed) != before {

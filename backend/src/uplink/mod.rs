@@ -9,6 +9,10 @@
 
 pub mod null;
 pub mod tap;
+#[cfg(test)]
+mod tap_tests;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use crate::memory::IoVec;
 use std::io;

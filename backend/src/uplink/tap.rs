@@ -382,7 +382,7 @@ fn send_error() -> SendError {
     match error.raw_os_error() {
         Some(libc::EAGAIN | libc::EINTR) => SendError::Full,
         Some(libc::EFAULT) => SendError::MemoryFault,
-        // EIO: the interface is not up. EBADFD: it was deleted, or the queue is detached.
+        // EIO: the interface is not up. EBADFD: it was deleted. (A queue outside the steering may send.)
         Some(libc::EIO | libc::EBADFD | libc::ENODEV | libc::ENETDOWN) => SendError::Down(error),
         _ => SendError::Rejected(error),
     }

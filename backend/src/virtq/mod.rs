@@ -8,7 +8,7 @@
 mod chain;
 mod split;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use crate::memory::ring::RingError;
 pub use chain::{Chain, ChainError, MAX_CHAIN, Segment};

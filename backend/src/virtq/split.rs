@@ -379,6 +379,7 @@ const PREFETCH_MAX: u16 = 32;
 
 impl SplitQueue {
     /// Asks the CPU for the descriptors of the next `n` chains known to be available, as a hint before a burst of pops.
+    /// The heads it reads serve the hint only; `pop` takes what it then finds.
     #[inline]
     pub fn prefetch(&mut self, n: u16) {
         let known = self.avail_cached.wrapping_sub(self.next_avail);

@@ -2,7 +2,7 @@
 
 mod basic;
 mod differential;
-mod driver;
+pub(crate) mod driver;
 mod migration;
 mod regressions;
 mod threads;

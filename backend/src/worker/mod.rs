@@ -10,7 +10,10 @@
 //! ```
 
 pub mod datapath;
+mod half;
 pub mod pair;
+#[cfg(test)]
+mod tests;
 pub mod thread;
 
 use crate::memory::GuestMemory;
@@ -95,6 +98,8 @@ pub enum Command {
         /// An eventfd.
         fd: Option<Arc<OwnedFd>>,
     },
+    /// Guest memory that was missing has arrived: parked rings look again.
+    Arrived,
     /// Stop both rings and forget everything about the front-end.
     Reset,
 }
@@ -172,5 +177,5 @@ pub enum What {
     /// Write to a call eventfd.
     Call(Direction),
     /// Write to an error eventfd.
-    Error,
+    Error(Direction),
 }

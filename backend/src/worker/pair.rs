@@ -6,8 +6,9 @@
 #![forbid(unsafe_code)]
 
 use super::datapath::Shared;
+use super::half::{Half, Ring};
 use super::{Attachment, Command, Direction, Event, PairKey, PairToken, Reply, ToControl, What};
-use crate::memory::{GuestMemory, MissingRange};
+use crate::memory::GuestMemory;
 use crate::net::counters::PairCounters;
 use crate::net::features;
 use crate::net::rx::{Receiver, RxSettings};
@@ -22,45 +23,6 @@ use std::sync::Arc;
 const BURST: u32 = 64;
 /// Bursts that one ring may take in a turn of the loop before the others have theirs.
 const BURSTS_PER_TURN: u32 = 4;
-
-/// A started ring and its notifications.
-struct Ring {
-    queue: SplitQueue,
-    kick: Option<Arc<OwnedFd>>,
-    kick_poll: Option<OpId>,
-    /// Look at it in the next turn.
-    pending: bool,
-    /// The driver has been asked to kick.
-    listening: bool,
-    /// It waits for this guest memory (postcopy).
-    parked: Option<MissingRange>,
-}
-
-impl Ring {
-    /// While we look at the ring anyway, the driver need not kick.
-    fn ignore_kicks(&mut self) {
-        if std::mem::take(&mut self.listening) {
-            self.queue.disable_kicks();
-        }
-    }
-}
-
-/// What stays of a ring between its lives.
-#[derive(Default)]
-struct Half {
-    ring: Option<Ring>,
-    enabled: bool,
-    /// The base it stopped at: a front-end may ask after the ring was given up.
-    last_base: u16,
-    call: Option<Arc<OwnedFd>>,
-    /// The notification under way. It can wait for ever if the peer keeps its counter at the maximum.
-    call_op: Option<OpId>,
-    call_again: bool,
-    error: Option<Arc<OwnedFd>>,
-    /// The last error report; as `call_op`.
-    error_op: Option<OpId>,
-    epoch: u32,
-}
 
 /// A queue pair.
 pub struct Pair {
@@ -81,32 +43,6 @@ pub struct Pair {
     /// It stands in the worker's ready queue.
     queued: bool,
     uplink_down: bool,
-}
-
-impl Half {
-    /// Notifies the driver, unless a notification is under way: then once more when it is through.
-    fn notify<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, token: PairToken) {
-        let Some(call) = &self.call else { return };
-        if self.call_op.is_some() {
-            self.call_again = true;
-        } else {
-            self.call_op = Some(reactor.signal_event(call, token.into()));
-        }
-    }
-
-    /// Ends a notification that still waits. One that need not wait has been through since it was submitted.
-    fn end_call<T: Copy>(&mut self, reactor: &mut Reactor<T>) {
-        if let Some(op) = self.call_op.take() {
-            reactor.cancel(op);
-        }
-        self.call_again = false;
-    }
-
-    fn end_error<T: Copy>(&mut self, reactor: &mut Reactor<T>) {
-        if let Some(op) = self.error_op.take() {
-            reactor.cancel(op);
-        }
-    }
 }
 
 impl Pair {
@@ -138,12 +74,20 @@ impl Pair {
         }
     }
 
+    fn half_ref(&self, direction: Direction) -> &Half {
+        match direction {
+            Direction::Receive => &self.rx,
+            Direction::Transmit => &self.tx,
+        }
+    }
+
     fn token(&self, what: What) -> PairToken {
         let epoch = match what {
-            What::Kick(Direction::Receive) | What::Call(Direction::Receive) => self.rx.epoch,
-            What::Kick(Direction::Transmit) | What::Call(Direction::Transmit) => self.tx.epoch,
+            What::Kick(direction) => self.half_ref(direction).epoch,
+            What::Call(direction) => self.half_ref(direction).call.epoch(),
+            What::Error(direction) => self.half_ref(direction).error.epoch(),
             What::UplinkReadable => self.uplink_epoch,
-            What::UplinkWritable | What::Error => 0,
+            What::UplinkWritable => 0,
         };
         PairToken { slot: self.slot, epoch, what }
     }
@@ -156,11 +100,8 @@ impl Pair {
     }
 
     fn has_work(&self) -> bool {
-        let tx = self.tx.ring.as_ref().is_some_and(|ring| ring.pending && ring.parked.is_none());
-        let rx = self.rx.enabled
-            && self.uplink_readable
-            && self.rx.ring.as_ref().is_some_and(|ring| ring.pending && ring.parked.is_none());
-        tx || rx
+        let tx = self.tx.ring.as_ref().is_some_and(Ring::runnable);
+        tx || (self.rx.enabled && self.uplink_readable && self.rx.ring.as_ref().is_some_and(Ring::runnable))
     }
 
     /// Carries out one command.
@@ -182,38 +123,41 @@ impl Pair {
                 return Reply::Base(self.half(direction).last_base);
             }
             Command::Enable { direction, enabled } => {
-                self.half(direction).enabled = enabled;
-                if let Some(ring) = &mut self.half(direction).ring {
+                let half = self.half(direction);
+                half.enabled = enabled;
+                if let Some(ring) = &mut half.ring {
                     ring.pending = true;
                 }
+                self.uplink_down &= direction == Direction::Transmit;
                 self.watch_uplink(reactor);
             }
             Command::Call { direction, fd } => {
-                let half = self.half(direction);
-                half.call = fd;
-                half.epoch = half.epoch.wrapping_add(1);
-                half.end_call(reactor);
-                self.rearm_kick(reactor, direction);
+                self.half(direction).call.replace(reactor, fd);
                 // The driver may have missed a notification between the old descriptor and the new.
                 let token = self.token(What::Call(direction));
                 let half = self.half(direction);
                 if half.ring.is_some() {
-                    half.notify(reactor, token);
+                    half.call.notify(reactor, token);
                 }
             }
             Command::Error { direction, fd } => {
-                let half = self.half(direction);
-                half.end_error(reactor);
-                half.error = fd;
+                self.half(direction).error.replace(reactor, fd);
+            }
+            Command::Arrived => {
+                for half in [&mut self.rx, &mut self.tx] {
+                    if let Some(ring) = half.ring.as_mut().filter(|ring| ring.parked.is_some()) {
+                        ring.look_again();
+                    }
+                }
             }
             Command::Reset => {
                 for direction in [Direction::Receive, Direction::Transmit] {
                     self.stop(reactor, direction);
                     let half = self.half(direction);
-                    half.end_call(reactor);
-                    half.end_error(reactor);
-                    let epoch = half.epoch.wrapping_add(1);
-                    *half = Half { epoch, ..Half::default() };
+                    half.call.replace(reactor, None);
+                    half.error.replace(reactor, None);
+                    half.enabled = false;
+                    half.last_base = 0;
                 }
                 self.features = 0;
                 self.memory = GuestMemory::empty();
@@ -231,10 +175,7 @@ impl Pair {
         for direction in [Direction::Receive, Direction::Transmit] {
             let Some(ring) = &mut self.half(direction).ring else { continue };
             match ring.queue.remap(&memory) {
-                Ok(()) => {
-                    ring.parked = None;
-                    ring.pending = true;
-                }
+                Ok(()) => ring.look_again(),
                 Err(error) => {
                     let why = format!("it is not in the new memory table: {error}");
                     self.give_up(reactor, direction, why, shared);
@@ -259,13 +200,12 @@ impl Pair {
         };
         queue.disable_kicks();
         let half = self.half(direction);
-        half.epoch = half.epoch.wrapping_add(1);
-        half.end_call(reactor);
         half.enabled = enabled;
         // Looked at once without waiting for a kick: it may have come before we listened (vhost #343, #375).
         half.ring =
             Some(Ring { queue, kick, kick_poll: None, pending: true, listening: false, parked: None });
         self.rearm_kick(reactor, direction);
+        self.uplink_down &= direction == Direction::Transmit;
         self.watch_uplink(reactor);
         Reply::Done
     }
@@ -282,7 +222,7 @@ impl Pair {
             Ok(queue) => {
                 ring.queue = queue;
                 ring.listening = true;
-                ring.pending = true;
+                ring.look_again();
                 Reply::Done
             }
             Err(error) => Reply::Failed(format!("ring cannot move: {error}")),
@@ -290,6 +230,8 @@ impl Pair {
     }
 
     fn rearm_kick<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, direction: Direction) {
+        let half = self.half(direction);
+        half.epoch = half.epoch.wrapping_add(1);
         let token = self.token(What::Kick(direction));
         let Some(ring) = &mut self.half(direction).ring else { return };
         if let Some(old) = ring.kick_poll.take() {
@@ -313,6 +255,8 @@ impl Pair {
             }
             (false, Some(op)) => {
                 reactor.cancel(op);
+                // What it still reports, its cancellation first of all, means nothing.
+                self.uplink_epoch = self.uplink_epoch.wrapping_add(1);
                 self.uplink_poll = None;
                 self.uplink_readable = false;
             }
@@ -347,26 +291,26 @@ impl Pair {
         }
         match (token.what, done) {
             (What::Kick(direction), Done::Ready(result, more)) => {
-                self.counters.kicks.add(1);
-                let half = self.half(direction);
-                let Some(ring) = &mut half.ring else { return };
+                let Some(ring) = &mut self.half(direction).ring else { return };
                 ring.pending = true;
+                self.counters.kicks.add(1);
                 if let Err(error) = result {
                     let why = format!("its kick descriptor cannot be polled: {error}");
                     self.give_up(reactor, direction, why, shared);
                 } else if !more {
-                    ring.kick_poll = None;
                     self.rearm_kick(reactor, direction);
                 }
             }
             (What::UplinkReadable, Done::Ready(result, more)) => {
-                self.uplink_readable = true;
+                // When the poll has ended it is armed again once nothing waits to be read: one that reports an
+                // error of the uplink at once, again and again, must not keep the loop busy.
                 if !more {
                     self.uplink_poll = None;
-                    if result.is_ok() {
-                        self.watch_uplink(reactor);
-                    }
                 }
+                if let Err(error) = result {
+                    return self.uplink_lost(reactor, format!("it cannot be polled: {error}"), shared);
+                }
+                self.uplink_readable = true;
                 if let Some(ring) = &mut self.rx.ring {
                     ring.pending = true;
                 }
@@ -378,13 +322,10 @@ impl Pair {
                 }
             }
             (What::Call(direction), Done::Signalled(result)) => {
-                let half = self.half(direction);
-                half.call_op = None;
-                if let Err(error) = result {
-                    tracing::debug!(%error, "call eventfd");
-                } else if std::mem::take(&mut half.call_again) {
-                    half.notify(reactor, token);
-                }
+                self.half(direction).call.done(reactor, token, result);
+            }
+            (What::Error(direction), Done::Signalled(result)) => {
+                self.half(direction).error.done(reactor, token, result);
             }
             _ => {}
         }
@@ -408,10 +349,7 @@ impl Pair {
         };
         let token = self.token(What::Call(Direction::Transmit));
         for _ in 0..BURSTS_PER_TURN {
-            let Some(ring) = self.tx.ring.as_mut().filter(|ring| ring.pending && ring.parked.is_none())
-            else {
-                return;
-            };
+            let Some(ring) = self.tx.ring.as_mut().filter(|ring| ring.runnable()) else { return };
             ring.ignore_kicks();
             let queue = &mut ring.queue;
             let (used, end) = tx::run(
@@ -449,7 +387,7 @@ impl Pair {
                 End::Idle | End::NoBuffers | End::UplinkDown(_) => Ok(()),
             };
             if call {
-                self.tx.notify(reactor, token);
+                self.tx.call.notify(reactor, token);
             }
             if let Err(error) = outcome {
                 self.give_up(reactor, Direction::Transmit, error.to_string(), shared);
@@ -468,10 +406,7 @@ impl Pair {
         let settings = RxSettings::new(self.features);
         let token = self.token(What::Call(Direction::Receive));
         for _ in 0..BURSTS_PER_TURN {
-            let Some(ring) = self.rx.ring.as_mut().filter(|ring| ring.pending && ring.parked.is_none())
-            else {
-                return;
-            };
+            let Some(ring) = self.rx.ring.as_mut().filter(|ring| ring.runnable()) else { return };
             if !self.uplink_readable {
                 return;
             }
@@ -491,6 +426,7 @@ impl Pair {
                 End::Budget => Ok(()),
                 End::Idle => {
                     self.uplink_readable = false;
+                    self.watch_uplink(reactor);
                     Ok(())
                 }
                 End::NoBuffers if ring.kick.is_some() => queue.enable_kicks().map(|more| {
@@ -515,7 +451,7 @@ impl Pair {
                 End::NoBuffers | End::UplinkFull => Ok(()),
             };
             if call {
-                self.rx.notify(reactor, token);
+                self.rx.call.notify(reactor, token);
             }
             if let Err(error) = outcome {
                 self.give_up(reactor, Direction::Receive, error.to_string(), shared);
@@ -557,11 +493,8 @@ impl Pair {
     ) {
         self.stop(reactor, direction);
         self.counters.rings_broken.add(1);
-        let token = self.token(What::Error);
-        let half = self.half(direction);
-        // One report at a time: a peer that reads none of them gets no second.
-        half.end_error(reactor);
-        half.error_op = half.error.as_ref().map(|fd| reactor.signal_event(fd, token.into()));
+        let token = self.token(What::Error(direction));
+        self.half(direction).error.notify(reactor, token);
         shared.outbox.push(ToControl::Event(self.key, Event::RingBroken(direction, why)));
     }
 

@@ -21,6 +21,8 @@ pub const USED: u64 = 0x3_0000;
 pub type Raw = (u64, u32, u16, u16);
 
 pub struct Driver {
+    /// Added to [`DESC`], [`AVAIL`] and [`USED`]: several rings may share a memory.
+    pub origin: u64,
     pub mem: GuestMemory,
     pub file: File,
     pub config: QueueConfig,
@@ -29,17 +31,22 @@ pub struct Driver {
 impl Driver {
     pub fn new(size: u16) -> Self {
         let (mem, file) = guest(MEM_SIZE);
+        Self::sharing(mem, file, 0, size)
+    }
+
+    /// A ring at `origin` in memory that exists.
+    pub fn sharing(mem: GuestMemory, file: File, origin: u64, size: u16) -> Self {
         let config = QueueConfig {
             size,
             base: 0,
-            desc_user: USER_BASE + DESC,
-            avail_user: USER_BASE + AVAIL,
-            used_user: USER_BASE + USED,
+            desc_user: USER_BASE + origin + DESC,
+            avail_user: USER_BASE + origin + AVAIL,
+            used_user: USER_BASE + origin + USED,
             log_used: None,
             event_idx: false,
             indirect: true,
         };
-        Self { mem, file, config }
+        Self { origin, mem, file, config }
     }
 
     /// As if the ring had been in use up to `base`.
@@ -47,7 +54,7 @@ impl Driver {
         let mut driver = Self::new(size);
         driver.config.base = base;
         driver.set_avail_idx(base);
-        driver.put16(USED + 2, base);
+        driver.put16(driver.origin + USED + 2, base);
         driver
     }
 
@@ -91,47 +98,56 @@ impl Driver {
     /// Makes `head` available.
     pub fn offer(&self, head: u16) {
         let idx = self.avail_idx();
-        self.put16(AVAIL + 4 + 2 * u64::from(idx % self.config.size), head);
+        self.put16(self.origin + AVAIL + 4 + 2 * u64::from(idx % self.config.size), head);
         self.set_avail_idx(idx.wrapping_add(1));
     }
 
     /// One descriptor at `head`, available.
     pub fn offer_one(&self, head: u16, addr: u64, len: u32, flags: u16) {
-        self.descriptor(DESC, head, (addr, len, flags, 0));
+        self.descriptor(self.origin + DESC, head, (addr, len, flags, 0));
+        self.offer(head);
+    }
+
+    /// A chain of descriptors from `head` on, available: address, length, flags but NEXT.
+    pub fn offer_chain(&self, head: u16, parts: &[(u64, u32, u16)]) {
+        for (i, (addr, len, flags)) in (head..).zip(parts) {
+            let next = if usize::from(i - head) + 1 < parts.len() { NEXT } else { 0 };
+            self.descriptor(self.origin + DESC, i, (*addr, *len, flags | next, i + 1));
+        }
         self.offer(head);
     }
 
     pub fn avail_idx(&self) -> u16 {
-        self.get16(AVAIL + 2)
+        self.get16(self.origin + AVAIL + 2)
     }
 
     pub fn set_avail_idx(&self, idx: u16) {
-        self.put16(AVAIL + 2, idx);
+        self.put16(self.origin + AVAIL + 2, idx);
     }
 
     pub fn set_avail_flags(&self, flags: u16) {
-        self.put16(AVAIL, flags);
+        self.put16(self.origin + AVAIL, flags);
     }
 
     pub fn set_used_event(&self, event: u16) {
-        self.put16(AVAIL + 4 + 2 * u64::from(self.config.size), event);
+        self.put16(self.origin + AVAIL + 4 + 2 * u64::from(self.config.size), event);
     }
 
     pub fn avail_event(&self) -> u16 {
-        self.get16(USED + 4 + 8 * u64::from(self.config.size))
+        self.get16(self.origin + USED + 4 + 8 * u64::from(self.config.size))
     }
 
     pub fn used_flags(&self) -> u16 {
-        self.get16(USED)
+        self.get16(self.origin + USED)
     }
 
     pub fn used_idx(&self) -> u16 {
-        self.get16(USED + 2)
+        self.get16(self.origin + USED + 2)
     }
 
     /// The used element at free-running index `index`: head and length.
     pub fn used(&self, index: u16) -> (u32, u32) {
-        let at = USED + 4 + 8 * u64::from(index % self.config.size);
+        let at = self.origin + USED + 4 + 8 * u64::from(index % self.config.size);
         (u32::from_le_bytes(self.get(at)), u32::from_le_bytes(self.get(at + 4)))
     }
 }

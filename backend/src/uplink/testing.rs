@@ -1,0 +1,130 @@
+//! A scripted uplink queue for unit tests: frames to receive, frames that were sent, answers to give.
+//! Its calls move bytes by preadv/pwritev, so the kernel judges the lists of buffers as it does for a tap.
+
+use super::{ReceiveError, SendError, UplinkQueue};
+use crate::memory::IoVec;
+use crate::memory::testing::memfd;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+const STAGE_BYTES: u64 = 1 << 20;
+
+/// How a frame that is offered is refused.
+pub(crate) enum Refuse {
+    Full,
+    Down,
+    Rejected,
+}
+
+/// Called in the middle of a send, when the frame was checked and before it is read.
+pub(crate) type Hook = Box<dyn FnMut() + Send>;
+
+#[derive(Default)]
+pub(crate) struct State {
+    /// Frames to receive, header first.
+    pub(crate) inbox: VecDeque<Vec<u8>>,
+    /// Frames that were sent, header first.
+    pub(crate) sent: Vec<Vec<u8>>,
+    /// Answers to the next sends; none: they succeed.
+    pub(crate) refuse: VecDeque<Refuse>,
+    pub(crate) before_send: Option<Hook>,
+    /// Calls of `receive`.
+    pub(crate) receives: usize,
+    /// What an empty inbox answers: `Down` instead of `Empty`.
+    pub(crate) dead: bool,
+}
+
+/// A clone is the same uplink.
+#[derive(Clone)]
+pub(crate) struct FakeUplink {
+    state: Arc<Mutex<State>>,
+    stage: Arc<File>,
+    event: Arc<OwnedFd>,
+}
+
+impl FakeUplink {
+    pub(crate) fn new() -> Self {
+        let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap();
+        Self { state: Arc::default(), stage: Arc::new(memfd(STAGE_BYTES)), event: Arc::new(event.into()) }
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    /// A frame arrives.
+    pub(crate) fn deliver(&self, frame: Vec<u8>) {
+        self.state().inbox.push_back(frame);
+        nix::unistd::write(self.event.as_fd(), &1u64.to_ne_bytes()).unwrap();
+    }
+
+    pub(crate) fn sent(&self) -> Vec<Vec<u8>> {
+        std::mem::take(&mut self.state().sent)
+    }
+
+    pub(crate) fn waiting(&self) -> usize {
+        self.state().inbox.len()
+    }
+}
+
+impl UplinkQueue for FakeUplink {
+    fn readable(&self) -> Option<&Arc<OwnedFd>> {
+        Some(&self.event)
+    }
+
+    fn send(&mut self, frame: &[IoVec<'_>]) -> Result<(), SendError> {
+        let mut state = self.state();
+        match state.refuse.pop_front() {
+            Some(Refuse::Full) => return Err(SendError::Full),
+            Some(Refuse::Down) => return Err(SendError::Down(io::ErrorKind::NetworkDown.into())),
+            Some(Refuse::Rejected) => return Err(SendError::Rejected(io::ErrorKind::InvalidInput.into())),
+            None => {}
+        }
+        if let Some(hook) = &mut state.before_send {
+            hook();
+        }
+        let fd = self.stage.as_raw_fd();
+        // SAFETY: as in `tap`: the entries are live memory, which the kernel only reads.
+        let sent = unsafe { libc::pwritev(fd, IoVec::as_raw(frame), frame.len() as _, 0) };
+        if sent < 0 {
+            let error = io::Error::last_os_error();
+            return Err(match error.raw_os_error() {
+                Some(libc::EFAULT) => SendError::MemoryFault,
+                _ => SendError::Rejected(error),
+            });
+        }
+        let mut bytes = vec![0; sent as usize];
+        self.stage.read_exact_at(&mut bytes, 0).unwrap();
+        state.sent.push(bytes);
+        Ok(())
+    }
+
+    fn receive(&mut self, buffers: &[IoVec<'_>]) -> Result<usize, ReceiveError> {
+        let mut state = self.state();
+        state.receives += 1;
+        let Some(frame) = state.inbox.front() else {
+            let _ = nix::unistd::read(self.event.as_fd(), &mut [0; 8]);
+            let down = || ReceiveError::Down(io::ErrorKind::NetworkDown.into());
+            return Err(if state.dead { down() } else { ReceiveError::Empty });
+        };
+        self.stage.set_len(0).unwrap();
+        self.stage.write_all_at(frame, 0).unwrap();
+        let fd = self.stage.as_raw_fd();
+        // SAFETY: as in `tap`: the entries are live memory that may be written.
+        let read = unsafe { libc::preadv(fd, IoVec::as_raw(buffers), buffers.len() as _, 0) };
+        if read < 0 {
+            let error = io::Error::last_os_error();
+            return Err(match error.raw_os_error() {
+                Some(libc::EFAULT) => ReceiveError::MemoryFault,
+                _ => ReceiveError::Down(error),
+            });
+        }
+        state.inbox.pop_front();
+        Ok(read as usize)
+    }
+}

@@ -1,0 +1,113 @@
+//! What a pair keeps for each of its two rings: the ring while it runs, and the descriptors that outlive it.
+//!
+//! Not here: when to look at a ring (`pair`).
+#![forbid(unsafe_code)]
+
+use super::PairToken;
+use crate::memory::MissingRange;
+use crate::reactor::{OpId, Reactor};
+use crate::virtq::SplitQueue;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// A started ring and its notifications.
+pub(super) struct Ring {
+    pub(super) queue: SplitQueue,
+    pub(super) kick: Option<Arc<OwnedFd>>,
+    pub(super) kick_poll: Option<OpId>,
+    /// Look at it in the next turn.
+    pub(super) pending: bool,
+    /// The driver has been asked to kick.
+    pub(super) listening: bool,
+    /// It waits for this guest memory (postcopy).
+    pub(super) parked: Option<MissingRange>,
+}
+
+impl Ring {
+    /// True if a turn has something to do with it.
+    pub(super) fn runnable(&self) -> bool {
+        self.pending && self.parked.is_none()
+    }
+
+    /// While we look at the ring anyway, the driver need not kick.
+    pub(super) fn ignore_kicks(&mut self) {
+        if std::mem::take(&mut self.listening) {
+            self.queue.disable_kicks();
+        }
+    }
+
+    /// Looks again, parked or not: memory is new, or more of it has arrived.
+    pub(super) fn look_again(&mut self) {
+        self.parked = None;
+        self.pending = true;
+    }
+}
+
+/// What stays of a ring between its lives.
+#[derive(Default)]
+pub(super) struct Half {
+    pub(super) ring: Option<Ring>,
+    pub(super) enabled: bool,
+    /// The base it stopped at: a front-end may ask after the ring was given up.
+    pub(super) last_base: u16,
+    pub(super) call: Notifier,
+    pub(super) error: Notifier,
+    /// Tells completions of the kick's poll from those of earlier ones.
+    pub(super) epoch: u32,
+}
+
+/// An eventfd of the front-end that is written to. One write is in flight at most, whatever the eventfd's state
+/// is: one that is full makes only that write wait, inside io_uring.
+#[derive(Default)]
+pub(super) struct Notifier {
+    fd: Option<Arc<OwnedFd>>,
+    write: Option<OpId>,
+    /// It was to be written while a write was in flight.
+    again: bool,
+    epoch: u32,
+}
+
+impl Notifier {
+    /// Tells completions of a write to this eventfd from those of earlier ones.
+    pub(super) fn epoch(&self) -> u32 {
+        self.epoch
+    }
+
+    /// Writes to another eventfd from now on, or to none. A write that still waits at the old one is cancelled,
+    /// or a peer that keeps changing full eventfds would fill our ring.
+    pub(super) fn replace<T: Copy>(&mut self, reactor: &mut Reactor<T>, fd: Option<Arc<OwnedFd>>) {
+        if let Some(write) = self.write.take() {
+            reactor.cancel(write);
+        }
+        self.again = false;
+        self.epoch = self.epoch.wrapping_add(1);
+        self.fd = fd;
+    }
+
+    /// Notifies, unless a write is under way: then once more when it is through.
+    pub(super) fn notify<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, token: PairToken) {
+        let Some(fd) = &self.fd else { return };
+        if self.write.is_some() {
+            self.again = true;
+        } else {
+            self.write = Some(reactor.signal_event(fd, token.into()));
+        }
+    }
+
+    /// The write has ended.
+    pub(super) fn done<T: Copy + From<PairToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        token: PairToken,
+        result: &std::io::Result<()>,
+    ) {
+        self.write = None;
+        let again = std::mem::take(&mut self.again);
+        match result {
+            Ok(()) if again => self.notify(reactor, token),
+            Ok(()) => {}
+            // Full and non-blocking: whoever reads it is notified as it is. Anything else is the peer's fault.
+            Err(error) => tracing::debug!(%error, "eventfd of the front-end"),
+        }
+    }
+}
