@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use lab::wire::{FOREIGN_MAC, Frame, Injector, Link};
 
 use crate::interrupt;
@@ -69,12 +69,14 @@ impl Generator {
         Ok(self.injector.send(&frames[..n])? as u64)
     }
 
-    /// `n` frames as fast as possible.
+    /// `n` frames as fast as possible; the tap's queue must have room for them.
     pub fn fill(&self, n: u64) -> Result<()> {
         let mut left = n;
         while left > 0 {
             interrupt::check()?;
-            left -= self.burst(left)?;
+            let took = self.burst(left)?;
+            ensure!(took > 0, "the tap's queue was full {left} frames before the {n}th");
+            left -= took;
         }
         Ok(())
     }

@@ -73,6 +73,10 @@ fn dpdk_echo_four_pairs_without_mergeable() {
 /// Frames that need several of the driver's 2 KiB buffers.
 #[test]
 fn dpdk_echo_jumbo_over_several_buffers() {
+    if !is_ours() {
+        eprintln!("skipped: net_tap of DPDK 22.11 moves no frame that is longer than one of its buffers");
+        return;
+    }
     echo("dpdk_echo_jumbo_over_several_buffers", 1, true, JUMBO_MTU, &JUMBO_SIZES);
 }
 

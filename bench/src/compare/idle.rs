@@ -65,7 +65,7 @@ pub fn watch(program: &Path, time: Duration) -> Result<Idle> {
     }
     std::fs::write(&config, text)?;
     let mut command = Command::new(program);
-    command.arg("--config").arg(&config);
+    command.arg("--config").arg(&config).args(["--log", "warn"]);
     let backend = start(command, &sockets)?;
     // One front-end with all ports: a process each would need too much memory.
     let vdevs = sockets
@@ -103,7 +103,7 @@ pub fn watch(program: &Path, time: Duration) -> Result<Idle> {
 fn one_port(program: &Path, folder: &Path) -> Result<Resident> {
     let socket = folder.join("one.sock");
     let mut command = Command::new(program);
-    command.arg("--socket-path").arg(&socket).args(["--uplink", "tap:one0"]);
+    command.arg("--socket-path").arg(&socket).args(["--uplink", "tap:one0", "--log", "warn"]);
     let backend = start(command, std::slice::from_ref(&socket))?;
     let frontend = super::start_frontend(&socket)?;
     interrupt::sleep(SETTLE)?;

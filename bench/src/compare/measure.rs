@@ -17,6 +17,10 @@ use crate::interrupt;
 const LOOK: Duration = Duration::from_millis(2);
 /// A drain ends when nothing more was taken for so long.
 const STALL: Duration = Duration::from_secs(3);
+/// A drain that takes longer than this has failed.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);
+/// A tap from which nothing is taken for so long is empty.
+const DRY: Duration = Duration::from_millis(100);
 /// How long a front-end may take to count the last packets.
 const SETTLE: Duration = Duration::from_millis(50);
 
@@ -54,6 +58,7 @@ pub fn draining(
     mut frontend: Option<&mut Testpmd>,
 ) -> Result<Reading> {
     let generator = Generator::open(link, size)?;
+    run_dry(link)?;
     backend.pause()?;
     let delivered_before = delivered(&mut frontend)?;
     let before = link.counters()?;
@@ -69,7 +74,8 @@ pub fn draining(
             moved = Instant::now();
         }
         samples.push((Instant::now(), taken, procstat::cpu_time_ns(backend.pid())?));
-        if taken >= prefill || moved.elapsed() > STALL {
+        let since = samples[0].0.elapsed();
+        if taken >= prefill || moved.elapsed() > STALL || since > DRAIN_TIMEOUT {
             break;
         }
         std::thread::sleep(LOOK);
@@ -99,19 +105,32 @@ pub fn at_rate(
     mut frontend: Option<&mut Testpmd>,
 ) -> Result<Reading> {
     let generator = Generator::open(link, size)?;
+    run_dry(link)?;
     let delivered_before = delivered(&mut frontend)?;
     let before = link.counters()?;
     let (start, cpu_before) = (Instant::now(), procstat::cpu_time_ns(backend.pid())?);
     let sent = generator.paced(pps, window)?;
     let (wall, cpu_after) = (start.elapsed(), procstat::cpu_time_ns(backend.pid())?);
-    std::thread::sleep(SETTLE);
     let taken = link.counters()?.tx_packets - before.tx_packets;
+    // What is late because the machine is busy is not lost.
+    run_dry(link)?;
+    std::thread::sleep(SETTLE);
     let got = match frontend {
         Some(_) => delivered(&mut frontend)? - delivered_before,
-        None => taken,
+        None => link.counters()?.tx_packets - before.tx_packets,
     };
-    ensure!(got > 0, "nothing reached the guest");
+    ensure!(taken > 0 && got > 0, "nothing reached the guest");
     Ok(reading(taken, wall, cpu_after - cpu_before, 1.0 - got as f64 / sent as f64))
+}
+
+/// Waits until nothing from before is left in the tap.
+fn run_dry(link: &Link) -> Result<()> {
+    let mut last = link.counters()?.tx_packets;
+    interrupt::wait_for("the tap to run dry", DRAIN_TIMEOUT, || {
+        std::thread::sleep(DRY);
+        let now = link.counters()?.tx_packets;
+        Ok(std::mem::replace(&mut last, now) == now)
+    })
 }
 
 fn delivered(frontend: &mut Option<&mut Testpmd>) -> Result<u64> {

@@ -43,6 +43,8 @@ const HUGEPAGES: u64 = 256;
 const MEMORY_MIB: u32 = 192;
 const TAP: &str = "bench0";
 const SIZES: [usize; 2] = [64, 1500];
+/// The kernel frees places of a tap's queue in batches, so a queue of exactly the right length is too short.
+const QUEUE_SPARE: u32 = 64;
 const WARM_UP: Duration = Duration::from_millis(400);
 const GONE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -99,14 +101,13 @@ pub fn run(args: &Args) -> Result<()> {
         for i in 0..sides.len() {
             let side = &sides[(i + round) % sides.len()];
             eprintln!("round {}/{}: {}", round + 1, args.rounds, side.name());
-            match one_round(args, side) {
-                Ok(cells) => cells.into_iter().for_each(|(what, reading)| report.add(side, what, reading)),
-                // One side that fails (once) must not take the others' numbers with it.
-                Err(e) => {
-                    interrupt::check()?;
-                    eprintln!("  failed: {e:#}");
-                    report.note(&format!("round {}, {}: {e:#}", round + 1, side.name()));
-                }
+            let mut cells = Vec::new();
+            let result = one_round(args, side, &mut cells);
+            cells.into_iter().for_each(|(what, cell)| report.add(side, what, cell));
+            // One side that fails (once) must not take the others' numbers with it.
+            if let Err(e) = result {
+                interrupt::check()?;
+                report.note(&format!("round {}, {}: {e:#}", round + 1, side.name()));
             }
         }
     }
@@ -128,11 +129,10 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 /// All measurements of one side. Back-end and front-end are started afresh.
-fn one_round(args: &Args, side: &Side) -> Result<Vec<(What, Cell)>> {
+fn one_round(args: &Args, side: &Side, cells: &mut Vec<(What, Cell)>) -> Result<()> {
     let link = Link::named(TAP);
     interrupt::wait_for("the previous tap to go", GONE_TIMEOUT, || Ok(!link.exists()))?;
     let window = Duration::from_secs_f64(args.seconds);
-    let mut cells = Vec::new();
     match side {
         Side::Bare | Side::BareUring => {
             let engine = if *side == Side::Bare { Engine::Plain } else { Engine::Uring };
@@ -143,7 +143,7 @@ fn one_round(args: &Args, side: &Side) -> Result<Vec<(What, Cell)>> {
                 drop(writer);
                 interrupt::wait_for("the tap to go", GONE_TIMEOUT, || Ok(!link.exists()))?;
                 let mut reader = BackEnd::bare(engine, Direction::Rx, size, TAP)?;
-                link.set_queue_len(args.prefill as u32 + 1)?;
+                link.set_queue_len(args.prefill as u32 + QUEUE_SPARE)?;
                 interrupt::sleep(WARM_UP)?;
                 cells.push((
                     What::Receive(size),
@@ -162,7 +162,7 @@ fn one_round(args: &Args, side: &Side) -> Result<Vec<(What, Cell)>> {
             let socket = folder.path().join("vhost.sock");
             let mut backend = BackEnd::vhost_user(side, &socket, TAP)?;
             let mut frontend = start_frontend(&socket)?;
-            let result = through_a_guest(args, &mut backend, &mut frontend, &link, &mut cells);
+            let result = through_a_guest(args, &mut backend, &mut frontend, &link, cells);
             if let (Err(e), Some(how)) = (&result, backend.ended()) {
                 anyhow::bail!("{e:#}; {how}");
             }
@@ -171,7 +171,7 @@ fn one_round(args: &Args, side: &Side) -> Result<Vec<(What, Cell)>> {
             drop(frontend);
         }
     }
-    Ok(cells)
+    Ok(())
 }
 
 fn through_a_guest(
@@ -182,7 +182,7 @@ fn through_a_guest(
     cells: &mut Vec<(What, Cell)>,
 ) -> Result<()> {
     let window = Duration::from_secs_f64(args.seconds);
-    link.set_queue_len(args.prefill as u32 + 1)?;
+    link.set_queue_len(args.prefill as u32 + QUEUE_SPARE)?;
     for size in SIZES {
         frontend.set_frame_size(size)?;
         eprintln!("  guest->tap {size} B");

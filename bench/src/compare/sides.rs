@@ -81,7 +81,7 @@ impl BackEnd {
         match side {
             Side::Ours(program) => {
                 let mut command = Command::new(program);
-                command.args(["--socket-path", path, "--uplink", &format!("tap:{tap}")]);
+                command.args(["--socket-path", path, "--uplink", &format!("tap:{tap}"), "--log", "warn"]);
                 Self::spawn(command, tap, Some(socket))
             }
             Side::Dpdk => {

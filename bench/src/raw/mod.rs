@@ -190,7 +190,8 @@ fn measure(direction: Direction, size: usize, engine: Engine) -> Result<Sample> 
     let mut mover = mover(engine, direction, TAP, size)?;
     let prefill = if direction == Direction::Rx { PREFILL } else { 0 };
     if prefill > 0 {
-        link.set_queue_len(prefill as u32 + 1)?;
+        // The kernel frees the queue's places in batches.
+        link.set_queue_len(prefill as u32 + 64)?;
         Generator::open(&link, size)?.fill(prefill)?;
     }
     let before = link.counters()?;

@@ -1,4 +1,5 @@
 //! Bare loops with one system call per packet.
+#![forbid(unsafe_code)]
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
