@@ -28,7 +28,7 @@ const DPDK_DRIVERS: [&str; 5] =
 
 /// What to install by hand where this command cannot do it.
 const BY_HAND: &str = "iproute2, QEMU >= 8.2 for x86-64 (qemu-system-x86), DPDK's testpmd with the vhost, virtio and tap \
-    drivers (dpdk)";
+    drivers (dpdk-dev)";
 
 /// Makes the lab complete and returns where its parts are.
 pub fn run() -> Result<Artefacts> {
@@ -159,8 +159,9 @@ fn ensure_dpdk(apt: &Apt) -> Result<PathBuf> {
     {
         return Ok(program);
     }
-    let mut packages = vec!["dpdk".to_owned()];
+    // Debian has testpmd among the developers' tools.
+    let mut packages = vec!["dpdk-dev".to_owned()];
     packages.extend(apt.with_abi_number(&DPDK_DRIVERS)?);
     apt.install(&packages.iter().map(String::as_str).collect::<Vec<_>>())?;
-    lab::find_in_path(PROGRAM).context("the dpdk package has no dpdk-testpmd")
+    lab::find_in_path(PROGRAM).context("the dpdk-dev package has no dpdk-testpmd")
 }
