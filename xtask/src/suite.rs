@@ -68,7 +68,7 @@ struct TestBinary {
 /// Runs the tests; true if none failed.
 pub fn run(options: &Options) -> Result<bool> {
     let started = Instant::now();
-    setup::run()?;
+    setup::run(setup::Parts::All)?;
     let backend = build_backend(options.release)?;
     let mut binaries = build_tests()?;
     if options.quick {
