@@ -27,8 +27,8 @@ pub struct Artefacts {
     pub kernel: PathBuf,
     /// The guest's initramfs.
     pub initramfs: PathBuf,
-    /// The `dpdk-testpmd` program.
-    pub testpmd: PathBuf,
+    /// The `dpdk-testpmd` program; the demonstration goes without it.
+    pub testpmd: Option<PathBuf>,
 }
 
 impl Artefacts {
@@ -39,8 +39,8 @@ impl Artefacts {
             .with_context(|| format!("no {}; `cargo xtask setup` makes it", list.display()))?;
         let found: Self =
             serde_json::from_str(&text).with_context(|| format!("{} is damaged", list.display()))?;
-        let programs = [&found.qemu, &found.kernel, &found.initramfs, &found.testpmd];
-        for path in programs.into_iter().chain(&found.qemu_data) {
+        let programs = [&found.qemu, &found.kernel, &found.initramfs];
+        for path in programs.into_iter().chain(&found.qemu_data).chain(&found.testpmd) {
             ensure!(path.exists(), "{} is gone; `cargo xtask setup` brings it back", path.display());
         }
         ensure!(
@@ -53,6 +53,11 @@ impl Artefacts {
     /// Reads the list of this build's lab.
     pub fn find() -> Result<Self> {
         Self::in_dir(&lab_dir())
+    }
+
+    /// The `dpdk-testpmd` program, or what to do about its absence.
+    pub fn testpmd(&self) -> Result<&Path> {
+        self.testpmd.as_deref().context("there is no dpdk-testpmd; `cargo xtask setup` installs it")
     }
 
     /// Writes the list.

@@ -85,7 +85,7 @@ impl Backend {
                 let _ = std::fs::remove_file(&config.socket);
             }
             let tap = config.uplink.strip_prefix("tap:").unwrap_or("tap0");
-            Testpmd::tap_backend_command(lab, &config.socket, tap, config.queue_pairs, config.client)
+            Testpmd::tap_backend_command(lab, &config.socket, tap, config.queue_pairs, config.client)?
         };
         command.stdin(Stdio::null());
         // Whatever is set for the tests: a panic of the back-end is worth its backtrace.

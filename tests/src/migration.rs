@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::qemu::Qemu;
@@ -48,10 +48,7 @@ impl Migration {
     pub fn start(&self, lab: &Lab, source: &mut Qemu, destination: &mut Qemu) -> Result<()> {
         let uri = format!("unix:{}", lab.path(&format!("{}.migration", destination.name())).display());
         destination.qmp.execute("migrate-incoming", json!({ "uri": uri }))?;
-        source.qmp.execute(
-            "migrate-set-parameters",
-            json!({ "max-bandwidth": self.bandwidth, "downtime-limit": self.downtime_ms }),
-        )?;
+        self.apply(source)?;
         source.qmp.execute("migrate", json!({ "uri": uri })).map(drop)
     }
 
@@ -82,9 +79,17 @@ impl Migration {
         })
     }
 
-    /// Changes the link's speed (bytes per second) while the migration runs.
-    pub fn set_bandwidth(&self, source: &mut Qemu, bandwidth: u64) -> Result<()> {
-        source.qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": bandwidth })).map(drop)
+    /// Makes these the parameters, before or while a migration runs.
+    pub fn apply(&self, source: &mut Qemu) -> Result<()> {
+        let parameters = json!({ "max-bandwidth": self.bandwidth, "downtime-limit": self.downtime_ms });
+        source.qmp.execute("migrate-set-parameters", parameters).map(drop)
+    }
+
+    /// Fails unless a migration is on its way; returns how often the dirty log was read.
+    pub fn dirty_syncs(&self, source: &mut Qemu) -> Result<u64> {
+        let state = source.migration()?;
+        ensure!(state["status"] == "active", "the migration is {}", state["status"]);
+        Ok(state["ram"]["dirty-sync-count"].as_u64().unwrap_or_default())
     }
 
     /// Starts it and waits for its end.

@@ -56,13 +56,14 @@ impl TestpmdConfig {
         }
     }
 
-    fn command(&self, lab: &Lab, is_interactive: bool) -> Command {
+    fn command(&self, lab: &Lab, is_interactive: bool) -> Result<Command> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         // The output goes to a file; unbuffered lines make its progress visible.
         let stdbuf = find_in_path("stdbuf");
-        let mut command = Command::new(stdbuf.as_deref().unwrap_or(&lab.artefacts.testpmd));
+        let testpmd = lab.artefacts.testpmd()?;
+        let mut command = Command::new(stdbuf.as_deref().unwrap_or(testpmd));
         if stdbuf.is_some() {
-            command.arg("-oL").arg(&lab.artefacts.testpmd);
+            command.arg("-oL").arg(testpmd);
         }
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         // Where DPDK keeps its runtime files; ours go with the lab's folder.
@@ -79,7 +80,7 @@ impl TestpmdConfig {
             command.arg("--interactive");
         }
         command.args(&self.arguments);
-        command
+        Ok(command)
     }
 }
 
@@ -110,7 +111,7 @@ pub struct Testpmd {
 impl Testpmd {
     /// Starts it and waits for its prompt.
     pub fn start(lab: &Lab, netns: Option<&NetNs>, config: &TestpmdConfig) -> Result<Self> {
-        let mut command = config.command(lab, true);
+        let mut command = config.command(lab, true)?;
         command.stdin(Stdio::piped());
         let log = lab.new_log(&config.name);
         let mut process = Process::start(&format!("testpmd {}", config.name), command, &log, netns)?;
@@ -154,7 +155,7 @@ impl Testpmd {
         tap: &str,
         queue_pairs: u16,
         is_client: bool,
-    ) -> Command {
+    ) -> Result<Command> {
         let mut config = TestpmdConfig::back_end(socket, queue_pairs);
         if is_client {
             config.vdevs[0].push_str(",client=1");

@@ -14,9 +14,10 @@ use anyhow::{Context, Result, bail};
 use md5::{Digest as _, Md5};
 
 use crate::netns::NetNs;
+use crate::wait::{PATIENCE, until};
 
 /// A peer that is silent for longer has failed.
-const SILENCE: Duration = Duration::from_secs(90);
+const SILENCE: Duration = Duration::from_secs(180);
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 const CHUNK: usize = 64 << 10;
 
@@ -73,7 +74,7 @@ impl Source {
         self.0.is_stopped.store(true, Ordering::Relaxed);
     }
 
-    /// Waits until everything was sent and the peer has closed.
+    /// Waits until everything was sent and the peer has closed; call it when that can be expected soon.
     pub fn finish(self) -> Result<Digest> {
         self.0.finish()
     }
@@ -90,7 +91,7 @@ impl Sink {
         self.0.port
     }
 
-    /// Waits until the peer has closed.
+    /// Waits until the peer has closed; call it when that can be expected soon.
     pub fn finish(self) -> Result<Digest> {
         self.0.finish()
     }
@@ -116,6 +117,8 @@ impl Server {
 
     fn finish(mut self) -> Result<Digest> {
         let thread = self.thread.take().context("a transfer ends once")?;
+        let ended = until("the end of a transfer", PATIENCE, || Ok(thread.is_finished().then_some(())));
+        self.is_dropped.store(ended.is_err(), Ordering::Relaxed);
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 }
@@ -225,7 +228,7 @@ fn patiently<S>(
             Err(error) => return Err(error.into()),
         }
         if is_dropped.load(Ordering::Relaxed) {
-            bail!("the test has ended");
+            bail!("given up");
         }
         if progress.elapsed() > SILENCE {
             bail!("no progress for {} s", SILENCE.as_secs());

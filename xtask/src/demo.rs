@@ -33,7 +33,7 @@ pub struct Options {
 /// Runs the demonstration.
 pub fn run(options: &Options) -> Result<()> {
     if !options.prepared {
-        setup::run()?;
+        setup::run(setup::Parts::Guest)?;
         println!("demo: building vhost-user-net");
         let built = cargo().args(["build", "--quiet", "--package", "vhost-user-net"]).status()?;
         ensure!(built.success(), "the back-end does not build");

@@ -69,7 +69,13 @@ pub fn prepare() -> Result<()> {
 /// A run of one target; [`prepare`] must have been called.
 pub fn command(target: &str, seconds: u32) -> Command {
     let mut command = cargo_fuzz("run");
-    command.arg(target).arg("--").arg(format!("-max_total_time={seconds}"));
+    // What is found goes into the first folder; the committed seeds are only read.
+    let (corpus, seeds) = (fuzz_dir().join("corpus").join(target), fuzz_dir().join("seeds").join(target));
+    command.arg(target);
+    if seeds.exists() && fs::create_dir_all(&corpus).is_ok() {
+        command.args([corpus, seeds]);
+    }
+    command.arg("--").arg(format!("-max_total_time={seconds}"));
     command.args(["-print_final_stats=1", "-verbosity=0"]);
     command
 }

@@ -38,7 +38,7 @@ enum Task {
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
-        Task::Setup => setup::run().map(|_| true),
+        Task::Setup => setup::run(setup::Parts::All).map(|_| true),
         Task::Test(options) => suite::run(&options),
         Task::Demo(options) => demo::run(&options).map(|()| true),
         Task::Fuzz(options) => fuzz::run(&options),

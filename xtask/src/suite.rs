@@ -68,7 +68,7 @@ struct TestBinary {
 /// Runs the tests; true if none failed.
 pub fn run(options: &Options) -> Result<bool> {
     let started = Instant::now();
-    setup::run()?;
+    setup::run(setup::Parts::All)?;
     let backend = build_backend(options.release)?;
     let mut binaries = build_tests()?;
     if options.quick {
@@ -224,7 +224,11 @@ fn run_fuzzers(filter: Option<&str>, failures: &mut Vec<String>) -> Result<Tally
         return Ok(tally);
     }
     println!("test: building the fuzzers");
-    fuzz::prepare()?;
+    if let Err(error) = fuzz::prepare() {
+        failures.push(format!("fuzz: {error:#}"));
+        tally.failed += 1;
+        return Ok(tally);
+    }
     for target in targets {
         println!("test: fuzz {target} for {FUZZ_SECONDS} s");
         let (status, output) = run_watched(fuzz::command(&target, FUZZ_SECONDS), |_| {})?;

@@ -28,16 +28,26 @@ const DPDK_DRIVERS: [&str; 5] =
 
 /// What to install by hand where this command cannot do it.
 const BY_HAND: &str = "iproute2, QEMU >= 8.2 for x86-64 (qemu-system-x86), DPDK's testpmd with the vhost, virtio and tap \
-    drivers (dpdk)";
+    drivers (dpdk-dev)";
 
-/// Makes the lab complete and returns where its parts are.
-pub fn run() -> Result<Artefacts> {
+/// Which parts are wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Parts {
+    /// Everything.
+    All,
+    /// What it takes to run a guest: no DPDK, which is large.
+    Guest,
+}
+
+/// Makes the lab complete, as far as wanted, and returns where its parts are.
+pub fn run(parts: Parts) -> Result<Artefacts> {
     let started = Instant::now();
     let dir = crate::target_dir().join("lab");
     fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
 
     if let Ok(found) = Artefacts::in_dir(&dir)
         && guest::is_current(&found.initramfs)
+        && (found.testpmd.is_some() || parts == Parts::Guest)
     {
         println!("setup: the lab in {} is complete", dir.display());
         return Ok(found);
@@ -53,7 +63,10 @@ pub fn run() -> Result<Artefacts> {
 
     step("iproute2", || ensure_ip(&apt))?;
     let (qemu, qemu_data) = step("QEMU", || ensure_qemu(&apt, &dir))?;
-    let testpmd = step("DPDK", || ensure_dpdk(&apt))?;
+    let testpmd = match parts {
+        Parts::All => Some(step("DPDK", || ensure_dpdk(&apt))?),
+        Parts::Guest => Artefacts::in_dir(&dir).ok().and_then(|found| found.testpmd),
+    };
     let kernel = step("guest kernel", || guest::ensure_kernel(&apt, &dir))?;
     let initramfs = step("guest initramfs", || guest::ensure_initramfs(&apt, &dir))?;
 
@@ -159,8 +172,9 @@ fn ensure_dpdk(apt: &Apt) -> Result<PathBuf> {
     {
         return Ok(program);
     }
-    let mut packages = vec!["dpdk".to_owned()];
+    // Debian has testpmd among the developers' tools.
+    let mut packages = vec!["dpdk-dev".to_owned()];
     packages.extend(apt.with_abi_number(&DPDK_DRIVERS)?);
     apt.install(&packages.iter().map(String::as_str).collect::<Vec<_>>())?;
-    lab::find_in_path(PROGRAM).context("the dpdk package has no dpdk-testpmd")
+    lab::find_in_path(PROGRAM).context("the dpdk-dev package has no dpdk-testpmd")
 }
