@@ -90,13 +90,24 @@ fn open_uplink(port: &PortConfig) -> Result<OpenUplink, DaemonError> {
 }
 
 /// Signals that end the process or make it report; blocked in all threads and read by the loop.
-fn open_signals() -> io::Result<Arc<OwnedFd>> {
+fn signals() -> SigSet {
     let mut signals = SigSet::empty();
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1] {
         signals.add(signal);
     }
-    signals.thread_block()?;
-    let signalfd = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC)?;
+    signals
+}
+
+/// Keeps signals from ending the process by themselves. Call it before any thread is started, that of the log included.
+///
+/// # Errors
+/// [`DaemonError::System`].
+pub fn block_signals() -> Result<(), DaemonError> {
+    signals().thread_block().map_err(|error| DaemonError::System("pthread_sigmask", error.into()))
+}
+
+fn open_signals() -> io::Result<Arc<OwnedFd>> {
+    let signalfd = SignalFd::with_flags(&signals(), SfdFlags::SFD_CLOEXEC)?;
     Ok(Arc::new(signalfd.into()))
 }
 
@@ -109,7 +120,8 @@ fn raise_descriptor_limit() {
     }
 }
 
-/// Serves the configured ports until SIGTERM or SIGINT, or until the last inherited connection has ended.
+/// Serves the configured ports until SIGTERM or SIGINT, or until the last inherited connection has ended. The signals
+/// must be blocked ([`block_signals`]).
 ///
 /// # Errors
 /// See [`DaemonError`].

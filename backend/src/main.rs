@@ -4,14 +4,18 @@
 use std::process::ExitCode;
 use vhost_user_net::capabilities::capabilities_json;
 use vhost_user_net::cli::{self, Command};
+use vhost_user_net::daemon;
 
 fn main() -> ExitCode {
     match cli::parse() {
         Ok(Command::PrintCapabilities) => cli::print_out(&capabilities_json()),
         Ok(Command::CheckConfig(config)) => cli::print_out(&cli::summary(&config)),
         Ok(Command::Run(config)) => {
-            let _log = cli::init_log(config.log.as_deref());
-            if let Err(error) = vhost_user_net::daemon::run(config) {
+            let served = daemon::block_signals().and_then(|()| {
+                let _log = cli::init_log(config.log.as_deref());
+                daemon::run(config)
+            });
+            if let Err(error) = served {
                 eprintln!("vhost-user-net: {error}");
                 return ExitCode::FAILURE;
             }

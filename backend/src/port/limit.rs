@@ -3,27 +3,31 @@
 
 use std::time::{Duration, Instant};
 
-/// Lines let through in one window.
-const LINES: u32 = 10;
 /// Length of a window.
 const WINDOW: Duration = Duration::from_secs(10);
 
-/// Lets through [`LINES`] in each [`WINDOW`] and counts the rest.
-#[derive(Debug, Default)]
+/// Lets through some lines in each [`WINDOW`] and counts the rest.
+#[derive(Debug)]
 pub(crate) struct LogLimit {
+    lines_max: u32,
     window: Option<Instant>,
     lines: u32,
     suppressed: u64,
 }
 
 impl LogLimit {
+    /// Lets through `lines_max` in each window.
+    pub fn new(lines_max: u32) -> Self {
+        Self { lines_max, window: None, lines: 0, suppressed: 0 }
+    }
+
     /// Whether a line may be written now; if so, how many were not since the last one that was.
     pub fn allow(&mut self, now: Instant) -> Option<u64> {
         if self.window.is_none_or(|start| now.duration_since(start) >= WINDOW) {
             self.window = Some(now);
             self.lines = 0;
         }
-        if self.lines < LINES {
+        if self.lines < self.lines_max {
             self.lines += 1;
             Some(std::mem::take(&mut self.suppressed))
         } else {
@@ -39,9 +43,9 @@ mod tests {
 
     #[test]
     fn counts_what_it_suppresses() {
-        let mut limit = LogLimit::default();
+        let mut limit = LogLimit::new(3);
         let start = Instant::now();
-        for _ in 0..LINES {
+        for _ in 0..3 {
             assert_eq!(limit.allow(start), Some(0));
         }
         assert_eq!(limit.allow(start), None);

@@ -37,6 +37,11 @@ pub const MEM_SLOTS_MAX: u64 = 509;
 /// Fewest memory slots offered, however many ports there are: as many regions as SET_MEM_TABLE has.
 pub const MEM_SLOTS_MIN: u64 = 8;
 
+/// Warnings of one port that reach the log in ten seconds; the rest is counted.
+const WARNINGS: u32 = 10;
+/// Other lines that a front-end can cause (it comes, goes, announces), likewise.
+const NOTES: u32 = 200;
+
 /// One vhost-user device with its uplink.
 pub struct Port {
     /// Its place in the configuration.
@@ -98,8 +103,8 @@ impl Port {
             backend_channel: None,
             format: None,
             mem_slots,
-            warnings: LogLimit::default(),
-            notes: LogLimit::default(),
+            warnings: LogLimit::new(WARNINGS),
+            notes: LogLimit::new(NOTES),
             failures: 0,
             brought_strangers: false,
             refused: 0,
