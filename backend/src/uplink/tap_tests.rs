@@ -1,7 +1,7 @@
-//! The tap against the kernel: in a network namespace of its own, so no privilege is needed. Each such test starts
-//! this test binary again under `unshare`, for that one test; where that is not permitted it is skipped.
+//! The tap against the kernel: in a network namespace of its own, so no privilege is needed.
 
 use super::tap::{Tap, TapError, TapQueue};
+use super::testing::in_namespace;
 use super::{FrameFormat, ReceiveError, SendError, Uplink, UplinkQueue};
 use crate::memory::IoVecs;
 use crate::net::features::OFFLOADS;
@@ -11,36 +11,6 @@ use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use std::process::Command;
 use std::time::{Duration, Instant};
 use virtio_bindings::virtio_net as vn;
-
-const INSIDE: &str = "VHOST_USER_NET_TEST_INSIDE";
-
-/// Runs `test`, whose full name is `name`, in user and network namespaces of its own.
-fn in_namespace(name: &str, test: fn()) {
-    if std::env::var(INSIDE).as_deref() == Ok(name) {
-        return test();
-    }
-    let output = |command: &mut Command| command.output().map_err(|error| error.to_string());
-    let able = output(Command::new("unshare").args(["-Urn", "test", "-w", "/dev/net/tun"]));
-    match able {
-        Ok(able) if able.status.success() => {}
-        Ok(able) => {
-            return println!("skipped: no namespaces or no tun: {}", String::from_utf8_lossy(&able.stderr));
-        }
-        Err(error) => return println!("skipped: unshare(1): {error}"),
-    }
-    let binary = std::env::current_exe().unwrap();
-    let run = output(
-        Command::new("unshare")
-            .arg("-Urn")
-            .arg(binary)
-            .args(["--exact", name, "--nocapture", "--test-threads=1"])
-            .env(INSIDE, name),
-    )
-    .unwrap();
-    let text = String::from_utf8_lossy(&run.stdout) + String::from_utf8_lossy(&run.stderr);
-    assert!(run.status.success(), "{text}");
-    assert!(text.contains("1 passed"), "{text}");
-}
 
 /// The host's side of an interface: sees and sends whole Ethernet frames.
 struct Host {

@@ -4,6 +4,8 @@
 use super::rig::{Rig, count, kick, nonblocking};
 use crate::memory::GuestMemory;
 use crate::memory::testing::{guest, map, spec};
+use crate::uplink::tap::Tap;
+use crate::uplink::testing::{FakeUplink, in_namespace};
 use crate::worker::Direction::{Receive, Transmit};
 use crate::worker::{Command, Event};
 
@@ -121,4 +123,26 @@ fn an_uplink_that_is_gone_is_said_once_and_does_not_keep_the_loop_busy() {
     rig.start(Receive, true);
     rig.settle();
     assert_eq!(rig.rx.used_idx(), 2);
+}
+
+#[test]
+fn a_deleted_tap_does_not_keep_the_loop_busy() {
+    in_namespace("worker::tests::faults::a_deleted_tap_does_not_keep_the_loop_busy", || {
+        let tap = Tap::open("t0", 1, None).unwrap();
+        tap.bring_up().unwrap();
+        let queue = Box::new(tap.queues().remove(0));
+        let mut rig = Rig::with_uplink(FakeUplink::new(), queue);
+        rig.start(Receive, true);
+        rig.settle();
+        let deleted = std::process::Command::new("ip").args(["link", "delete", "t0"]).status();
+        if !deleted.is_ok_and(|status| status.success()) {
+            return println!("skipped: no ip(8)");
+        }
+        // No buffer is there to try and read into; `settle` fails if the loop never rests.
+        rig.settle();
+        rig.guest_offers(500);
+        kick(&rig.rx_kick);
+        rig.settle();
+        assert!(matches!(&rig.events[..], [Event::UplinkDown(_)]), "{:?}", rig.events);
+    });
 }
