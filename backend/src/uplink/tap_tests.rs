@@ -1,7 +1,7 @@
 //! The tap against the kernel: in a network namespace of its own, so no privilege is needed.
 
 use super::tap::{Tap, TapError, TapQueue};
-use super::testing::in_namespace;
+use super::testing::{in_namespace, skip};
 use super::{FrameFormat, ReceiveError, SendError, Uplink, UplinkQueue};
 use crate::memory::IoVecs;
 use crate::net::features::OFFLOADS;
@@ -302,7 +302,7 @@ fn without_permission_the_text_says_what_to_do() {
     });
     let error = refusal.join().unwrap();
     if let TapError::NoTun(error) = error {
-        return println!("skipped: /dev/net/tun: {error}");
+        return skip("a tap without permission", &format!("/dev/net/tun: {error}"));
     }
     assert!(matches!(error, TapError::NotPermitted(..)), "{error}");
     let text = error.to_string();
@@ -326,7 +326,7 @@ fn an_interface_that_is_deleted_is_down() {
         assert!(matches!(queue.receive(&[]), Err(ReceiveError::Empty) | Ok(0)));
         let deleted = Command::new("ip").args(["link", "delete", "t0"]).status();
         if !deleted.is_ok_and(|status| status.success()) {
-            return println!("skipped: no ip(8)");
+            return skip("a deleted tap", "no ip(8)");
         }
         let mut bytes = [0; 100];
         let mut iovecs = IoVecs::new();

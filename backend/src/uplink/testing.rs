@@ -7,7 +7,7 @@ use crate::memory::testing::memfd;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::process::Command;
@@ -143,9 +143,10 @@ pub(crate) fn in_namespace(name: &str, test: fn()) {
     match able {
         Ok(able) if able.status.success() => {}
         Ok(able) => {
-            return println!("skipped: no namespaces or no tun: {}", String::from_utf8_lossy(&able.stderr));
+            let why = String::from_utf8_lossy(&able.stderr);
+            return skip(name, &format!("no namespaces or no tun: {}", why.trim()));
         }
-        Err(error) => return println!("skipped: unshare(1): {error}"),
+        Err(error) => return skip(name, &format!("unshare(1): {error}")),
     }
     let binary = std::env::current_exe().unwrap();
     let run = output(
@@ -159,4 +160,15 @@ pub(crate) fn in_namespace(name: &str, test: fn()) {
     let text = String::from_utf8_lossy(&run.stdout) + String::from_utf8_lossy(&run.stderr);
     assert!(run.status.success(), "{text}");
     assert!(text.contains("1 passed"), "{text}");
+}
+
+/// Says that a test is skipped, and notes it where `cargo xtask test` asks for that; fails if nothing may be skipped.
+pub(crate) fn skip(name: &str, reason: &str) {
+    let required = std::env::var_os("VUN_REQUIRE_ALL").is_some_and(|value| value != "0");
+    assert!(!required, "{name} may not be skipped: {reason}");
+    eprintln!("SKIPPED {name}: {reason}");
+    if let Some(list) = std::env::var_os("VUN_SKIP_LIST") {
+        let mut file = File::options().append(true).create(true).open(list).unwrap();
+        writeln!(file, "{name}: {reason}").unwrap();
+    }
 }

@@ -5,7 +5,7 @@ use super::rig::{Rig, count, kick, nonblocking};
 use crate::memory::GuestMemory;
 use crate::memory::testing::{guest, map, spec};
 use crate::uplink::tap::Tap;
-use crate::uplink::testing::{FakeUplink, in_namespace};
+use crate::uplink::testing::{FakeUplink, in_namespace, skip};
 use crate::worker::Direction::{Receive, Transmit};
 use crate::worker::{Command, Event};
 
@@ -136,7 +136,7 @@ fn a_deleted_tap_does_not_keep_the_loop_busy() {
         rig.settle();
         let deleted = std::process::Command::new("ip").args(["link", "delete", "t0"]).status();
         if !deleted.is_ok_and(|status| status.success()) {
-            return println!("skipped: no ip(8)");
+            return skip("a deleted tap in a pair", "no ip(8)");
         }
         rig.settle();
         // A poll that begins now fails at once, each time, and no buffer is there to try and read into. `settle`

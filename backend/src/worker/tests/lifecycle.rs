@@ -170,6 +170,22 @@ fn a_frame_that_waits_for_buffers_survives_new_memory() {
 }
 
 #[test]
+fn a_frame_that_waits_for_buffers_needs_no_other_frame_to_go_on() {
+    let mut rig = Rig::running();
+    rig.guest_offers(500);
+    rig.uplink_delivers(5, 1000);
+    rig.settle();
+    rig.enable(Receive, false);
+    rig.guest_offers(600);
+    kick(&rig.rx_kick);
+    rig.settle();
+    assert_eq!(rig.rx.used_idx(), 0, "disabled");
+    rig.enable(Receive, true);
+    rig.settle();
+    assert_eq!((rig.rx.used(0), rig.rx.used(1)), ((0, 500), (1, 512)));
+}
+
+#[test]
 fn an_updated_ring_goes_on_where_it_is() {
     let mut rig = Rig::running();
     rig.guest_sends(1, 60);
