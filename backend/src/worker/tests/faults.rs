@@ -95,7 +95,7 @@ fn memory_that_is_truncated_fails_the_pair_only() {
         // The port resets it; the next front-end has good memory.
         rig.done(Command::Reset);
         rig.settle();
-        assert_eq!(rig.reactor.in_flight(), 0);
+        rig.settle_until(|rig| rig.reactor.in_flight() == 0);
     }
 }
 

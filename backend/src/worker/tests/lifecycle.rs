@@ -297,7 +297,7 @@ fn many_lives_leave_nothing_behind() {
         rig.stop(Transmit);
     }
     rig.settle();
-    assert_eq!(rig.reactor.in_flight(), 0);
+    rig.settle_until(|rig| rig.reactor.in_flight() == 0);
     assert_eq!(Rig::holders(&rig.rx_kick), 1);
 }
 
