@@ -5,6 +5,7 @@
 pub mod counters;
 pub mod features;
 pub mod header;
+mod held;
 pub mod rarp;
 pub mod rx;
 #[cfg(test)]

@@ -15,6 +15,7 @@
 
 use super::counters::PairCounters;
 use super::features;
+use super::held::{Context, Held, finish_header};
 use super::tx::{BURST_BYTES, End};
 use crate::memory::{AccessError, GuestMemory, IoVecStorage, IoVecs, MAX_IOVECS};
 use crate::uplink::{ReceiveError, UplinkQueue};
@@ -28,11 +29,6 @@ pub const SPILL_BYTES: usize = 68 * 1024;
 const CHAINS_MAX: usize = 1024;
 /// Guest pieces that one frame may be received into: what a call takes, less the spill.
 const PIECES_MAX: usize = MAX_IOVECS - 1;
-/// Bad chains that one frame steps over before others have their turn; each can cost a walk over 1024 descriptors.
-const REFUSED_MAX: u32 = 8;
-/// Where num_buffers stands in the header, bytes (VIRTIO 1.3 §5.1.6).
-const NUM_BUFFERS_OFFSET: u64 = 10;
-
 /// What the driver has acknowledged, as far as the receive path cares.
 #[derive(Clone, Copy, Debug)]
 pub struct RxSettings {
@@ -73,41 +69,12 @@ impl Default for Scratch {
     }
 }
 
-/// A frame of which a part has its place in the guest. Its memory is used again for the next one.
-#[derive(Default)]
-struct Held {
-    /// Chains it fills already: head and bytes.
-    filled: Vec<(u16, u64)>,
-    /// Where its header stands.
-    header: Vec<Segment>,
-    /// Bytes that had no place yet when it came to wait...
-    rest: Vec<u8>,
-    /// ... and how many of them have one by now.
-    placed: usize,
-    /// Length of the frame in bytes, without header.
-    frame_len: u64,
-    /// It waits for more buffers.
-    waits: bool,
-}
-
 /// The receive state of one queue pair.
 #[derive(Default)]
 pub struct Receiver {
     /// Bytes the last frame took, header included: what to offer to the next.
     expect: u64,
     held: Held,
-}
-
-/// What the steps of the receive path share.
-struct Context<'a> {
-    ring: &'a mut SplitQueue,
-    memory: &'a GuestMemory,
-    counters: &'a PairCounters,
-    settings: RxSettings,
-    /// Chains pushed in this burst.
-    used: u32,
-    /// Bytes of frames in this burst.
-    bytes: u64,
 }
 
 impl Receiver {
@@ -288,102 +255,6 @@ impl Receiver {
     }
 }
 
-impl Held {
-    fn begin(&mut self, heads: &[(u16, u64)], segments: &[Segment], header_len: u64, frame_len: u64) {
-        self.filled.clear();
-        self.filled.extend_from_slice(heads);
-        self.header.clear();
-        self.header.extend(head_segments(segments, header_len));
-        self.frame_len = frame_len;
-        self.waits = true;
-    }
-
-    /// Finds place for `rest` from `placed` on; completes the frame when all has one.
-    fn place(
-        &mut self,
-        context: &mut Context<'_>,
-        chain: &mut Chain,
-        rest: &[u8],
-        placed: &mut usize,
-    ) -> Result<(), End> {
-        let mut refused = 0;
-        while *placed < rest.len() {
-            match context.ring.pop(context.memory, chain) {
-                Ok(true) => {}
-                Ok(false) if self.filled.len() >= context.ring.size().into() => {
-                    // All the buffers this ring can have, and still too few: nobody will kick.
-                    context.ring.unpop(self.filled.len() as u16);
-                    context.counters.rx_dropped_too_long.add(1);
-                    self.waits = false;
-                    return Ok(());
-                }
-                Ok(false) => return Err(End::NoBuffers),
-                Err(PopError::Bad { head, .. }) => {
-                    // Ring order: the chain completes with the frame, as a part of no bytes.
-                    context.counters.rx_bad_chains.add(1);
-                    self.filled.push((head, 0));
-                    refused += 1;
-                    if refused == REFUSED_MAX {
-                        return Err(End::Budget); // a ring full of bad chains must not take the turn
-                    }
-                    continue;
-                }
-                Err(PopError::Missing(range)) => return Err(End::Parked(range)),
-                Err(PopError::Broken(error)) => return Err(End::Broken(error)),
-            }
-            let mut at = *placed;
-            let mut bad = chain.writable_len() == 0;
-            for segment in chain.writable() {
-                let take = (rest.len() - at).min(segment.len as usize);
-                match context.memory.write(segment.gpa, &rest[at..at + take]) {
-                    Ok(()) => at += take,
-                    Err(AccessError::Missing(range)) => {
-                        // What was written of this chain is written again.
-                        context.ring.unpop(1);
-                        return Err(End::Parked(range));
-                    }
-                    Err(_) => {
-                        bad = true;
-                        break;
-                    }
-                }
-                if at == rest.len() {
-                    break;
-                }
-            }
-            if bad {
-                context.counters.rx_bad_chains.add(1);
-            }
-            self.filled.push((chain.head(), (at - *placed) as u64));
-            *placed = at;
-        }
-        for (head, filled) in &self.filled {
-            context.ring.push(*head, *filled as u32);
-        }
-        finish_header(context.memory, &self.header, context.settings, self.filled.len() as u16);
-        context.delivered(self.filled.len() as u32, self.frame_len);
-        self.waits = false;
-        Ok(())
-    }
-}
-
-impl Context<'_> {
-    #[inline]
-    fn delivered(&mut self, chains: u32, frame_len: u64) {
-        self.used += chains;
-        self.bytes += frame_len;
-        self.counters.rx_packets.add(1);
-        self.counters.rx_bytes.add(frame_len);
-    }
-
-    /// Completes a chain, the only one in work, without bytes.
-    fn refuse(&mut self, head: u16) {
-        self.counters.rx_bad_chains.add(1);
-        self.ring.push(head, 0);
-        self.used += 1;
-    }
-}
-
 /// Offers guest memory to a call that has room for one more piece.
 #[inline]
 fn offer<'m>(
@@ -426,43 +297,6 @@ fn take_chain(context: &mut Context<'_>, chain: &mut Chain, first: bool) -> Resu
     }
     context.refuse(head);
     Ok(Taken::Refused)
-}
-
-/// Sets num_buffers (VIRTIO 1.3 §5.1.6.4.1), which the uplink leaves open.
-fn finish_header(memory: &GuestMemory, segments: &[Segment], settings: RxSettings, buffers: u16) {
-    if settings.header_len as u64 <= NUM_BUFFERS_OFFSET {
-        return;
-    }
-    let bytes = buffers.to_le_bytes();
-    let mut at = 0;
-    for segment in segments {
-        let end = at + u64::from(segment.len);
-        for (i, byte) in bytes.iter().enumerate() {
-            let offset = NUM_BUFFERS_OFFSET + i as u64;
-            if i == 0 && offset >= at && offset + 2 <= end {
-                // The usual case: both bytes in one piece. The range was checked and present a moment ago.
-                let _ = memory.write(segment.gpa + offset - at, &bytes);
-                return;
-            }
-            if (at..end).contains(&offset) {
-                let _ = memory.write(segment.gpa + offset - at, &[*byte]);
-            }
-        }
-        at = end;
-        if at >= NUM_BUFFERS_OFFSET + 2 {
-            return;
-        }
-    }
-}
-
-/// The pieces that hold the first `len` bytes.
-fn head_segments(segments: &[Segment], len: u64) -> impl Iterator<Item = Segment> + '_ {
-    let mut at = 0;
-    segments.iter().copied().take_while(move |segment| {
-        let before = at;
-        at += u64::from(segment.len);
-        before < len
-    })
 }
 
 fn mark_written(memory: &GuestMemory, segments: &[Segment], mut len: u64) {

@@ -21,6 +21,8 @@ const NOBODY: u64 = u64::MAX - 1;
 /// user_data of wake-ups that this worker sends: the target's ring descriptor stands in the low half. Their
 /// completions come only if they fail.
 const WAKE: u64 = (u64::MAX - 1) << 32 | 1 << 31;
+/// Set in the user_data of a request to cancel an operation; the rest is that operation's. MAIL and NOBODY have it too.
+const CANCEL: u64 = 1 << 31;
 /// How often a closing reactor looks for the completions of what it cancelled before it leaks the rest.
 const DRAIN_ROUNDS: usize = 100;
 
@@ -74,6 +76,8 @@ pub struct Reactor<T> {
     /// Entries that found the submission queue full, in order.
     backlog: VecDeque<squeue::Entry>,
     generation: u32,
+    /// Operations whose cancellation came at the wrong moment.
+    cancel_again: Vec<u64>,
 }
 
 impl<T: Copy> Reactor<T> {
@@ -87,6 +91,7 @@ impl<T: Copy> Reactor<T> {
             ops: Slab::with_capacity(64),
             backlog: VecDeque::new(),
             generation: 0,
+            cancel_again: Vec::new(),
         })
     }
 
@@ -178,8 +183,19 @@ impl<T: Copy> Reactor<T> {
     /// Asks the kernel to end an operation. Its completion still comes, as a failure or as what it had
     /// reached; the owner must be ready for both.
     pub fn cancel(&mut self, op: OpId) {
-        let entry = opcode::AsyncCancel::new(op.0).build().user_data(NOBODY);
+        let entry = opcode::AsyncCancel::new(op.0).build().user_data(op.0 | CANCEL);
         self.push(&entry);
+    }
+
+    /// Asks again where a request met an operation in the hands of an io-wq worker. The worker may just have
+    /// armed a poll for it and never look at the request; the next one finds the poll.
+    fn cancel_again(&mut self) {
+        for id in std::mem::take(&mut self.cancel_again) {
+            let alive = self.ops.get((id & 0x7fff_ffff) as usize);
+            if alive.is_some_and(|op| op.generation == (id >> 32) as u32) {
+                self.cancel(OpId(id));
+            }
+        }
     }
 
     /// Wakes the worker with this ring (see [`super::mailbox`]).
@@ -196,7 +212,7 @@ impl<T: Copy> Reactor<T> {
         let generation = self.generation;
         let key = self.ops.insert(InFlight { token, generation, body, _fd: fd.cloned() });
         // Bit 31 is clear in every operation's id, and set in MAIL, NOBODY and WAKE.
-        let id = (u64::from(generation) << 32 | key as u64) & !(1 << 31);
+        let id = (u64::from(generation) << 32 | key as u64) & !CANCEL;
         self.push(&entry.user_data(id));
         OpId(id)
     }
@@ -252,6 +268,7 @@ impl<T: Copy> Reactor<T> {
             }
         }
         self.reap(out, mail);
+        self.cancel_again();
         Ok(())
     }
 
@@ -264,6 +281,12 @@ impl<T: Copy> Reactor<T> {
                 continue;
             }
             if id == NOBODY {
+                continue;
+            }
+            if id & CANCEL != 0 {
+                if cqe.result() == -libc::EALREADY {
+                    self.cancel_again.push(id & !CANCEL);
+                }
                 continue;
             }
             if id & !0x7fff_ffff == WAKE {

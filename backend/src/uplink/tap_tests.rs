@@ -1,7 +1,7 @@
-//! The tap against the kernel: in a network namespace of its own, so no privilege is needed. Each such test starts
-//! this test binary again under `unshare`, for that one test; where that is not permitted it is skipped.
+//! The tap against the kernel: in a network namespace of its own, so no privilege is needed.
 
 use super::tap::{Tap, TapError, TapQueue};
+use super::testing::{in_namespace, skip};
 use super::{FrameFormat, ReceiveError, SendError, Uplink, UplinkQueue};
 use crate::memory::IoVecs;
 use crate::net::features::OFFLOADS;
@@ -11,36 +11,6 @@ use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
 use std::process::Command;
 use std::time::{Duration, Instant};
 use virtio_bindings::virtio_net as vn;
-
-const INSIDE: &str = "VHOST_USER_NET_TEST_INSIDE";
-
-/// Runs `test`, whose full name is `name`, in user and network namespaces of its own.
-fn in_namespace(name: &str, test: fn()) {
-    if std::env::var(INSIDE).as_deref() == Ok(name) {
-        return test();
-    }
-    let output = |command: &mut Command| command.output().map_err(|error| error.to_string());
-    let able = output(Command::new("unshare").args(["-Urn", "test", "-w", "/dev/net/tun"]));
-    match able {
-        Ok(able) if able.status.success() => {}
-        Ok(able) => {
-            return println!("skipped: no namespaces or no tun: {}", String::from_utf8_lossy(&able.stderr));
-        }
-        Err(error) => return println!("skipped: unshare(1): {error}"),
-    }
-    let binary = std::env::current_exe().unwrap();
-    let run = output(
-        Command::new("unshare")
-            .arg("-Urn")
-            .arg(binary)
-            .args(["--exact", name, "--nocapture", "--test-threads=1"])
-            .env(INSIDE, name),
-    )
-    .unwrap();
-    let text = String::from_utf8_lossy(&run.stdout) + String::from_utf8_lossy(&run.stderr);
-    assert!(run.status.success(), "{text}");
-    assert!(text.contains("1 passed"), "{text}");
-}
 
 /// The host's side of an interface: sees and sends whole Ethernet frames.
 struct Host {
@@ -332,7 +302,7 @@ fn without_permission_the_text_says_what_to_do() {
     });
     let error = refusal.join().unwrap();
     if let TapError::NoTun(error) = error {
-        return println!("skipped: /dev/net/tun: {error}");
+        return skip("a tap without permission", &format!("/dev/net/tun: {error}"));
     }
     assert!(matches!(error, TapError::NotPermitted(..)), "{error}");
     let text = error.to_string();
@@ -356,7 +326,7 @@ fn an_interface_that_is_deleted_is_down() {
         assert!(matches!(queue.receive(&[]), Err(ReceiveError::Empty) | Ok(0)));
         let deleted = Command::new("ip").args(["link", "delete", "t0"]).status();
         if !deleted.is_ok_and(|status| status.success()) {
-            return println!("skipped: no ip(8)");
+            return skip("a deleted tap", "no ip(8)");
         }
         let mut bytes = [0; 100];
         let mut iovecs = IoVecs::new();

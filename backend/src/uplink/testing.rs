@@ -7,9 +7,10 @@ use crate::memory::testing::memfd;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 const STAGE_BYTES: u64 = 1 << 20;
@@ -126,5 +127,48 @@ impl UplinkQueue for FakeUplink {
         }
         state.inbox.pop_front();
         Ok(read as usize)
+    }
+}
+
+const INSIDE: &str = "VHOST_USER_NET_TEST_INSIDE";
+
+/// Runs `test`, whose full name is `name`, in user and network namespaces of its own: starts this test binary again
+/// under `unshare`, for that one test. Skipped where that is not permitted.
+pub(crate) fn in_namespace(name: &str, test: fn()) {
+    if std::env::var(INSIDE).as_deref() == Ok(name) {
+        return test();
+    }
+    let output = |command: &mut Command| command.output().map_err(|error| error.to_string());
+    let able = output(Command::new("unshare").args(["-Urn", "test", "-w", "/dev/net/tun"]));
+    match able {
+        Ok(able) if able.status.success() => {}
+        Ok(able) => {
+            let why = String::from_utf8_lossy(&able.stderr);
+            return skip(name, &format!("no namespaces or no tun: {}", why.trim()));
+        }
+        Err(error) => return skip(name, &format!("unshare(1): {error}")),
+    }
+    let binary = std::env::current_exe().unwrap();
+    let run = output(
+        Command::new("unshare")
+            .arg("-Urn")
+            .arg(binary)
+            .args(["--exact", name, "--nocapture", "--test-threads=1"])
+            .env(INSIDE, name),
+    )
+    .unwrap();
+    let text = String::from_utf8_lossy(&run.stdout) + String::from_utf8_lossy(&run.stderr);
+    assert!(run.status.success(), "{text}");
+    assert!(text.contains("1 passed"), "{text}");
+}
+
+/// Says that a test is skipped, and notes it where `cargo xtask test` asks for that; fails if nothing may be skipped.
+pub(crate) fn skip(name: &str, reason: &str) {
+    let required = std::env::var_os("VUN_REQUIRE_ALL").is_some_and(|value| value != "0");
+    assert!(!required, "{name} may not be skipped: {reason}");
+    eprintln!("SKIPPED {name}: {reason}");
+    if let Some(list) = std::env::var_os("VUN_SKIP_LIST") {
+        let mut file = File::options().append(true).create(true).open(list).unwrap();
+        writeln!(file, "{name}: {reason}").unwrap();
     }
 }

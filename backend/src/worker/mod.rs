@@ -15,6 +15,7 @@ pub mod pair;
 #[cfg(test)]
 mod tests;
 pub mod thread;
+mod turn;
 
 use crate::memory::GuestMemory;
 use crate::net::counters::PairCounters;

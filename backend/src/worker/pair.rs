@@ -1,8 +1,7 @@
-//! One queue pair at work: two rings, a queue of the uplink, and when to look at them.
+//! One queue pair: two rings, a queue of the uplink, and when to look at them.
 //!
-//! Nothing here sleeps, and nothing here is done per packet but by `net::rx` and `net::tx`; this is the frame
-//! around a burst: when it starts, when its used entries are published, when the driver is notified.
-
+//! Here: what control commands, and what completions mean. Not here: the work itself (`turn`), and what is kept for
+//! each ring (`half`). Nothing sleeps.
 #![forbid(unsafe_code)]
 
 use super::datapath::Shared;
@@ -10,38 +9,31 @@ use super::half::{Half, Ring};
 use super::{Attachment, Command, Direction, Event, PairKey, PairToken, Reply, ToControl, What};
 use crate::memory::GuestMemory;
 use crate::net::counters::PairCounters;
-use crate::net::features;
-use crate::net::rx::{Receiver, RxSettings};
-use crate::net::tx::{self, End, TxSettings};
+use crate::net::rx::Receiver;
 use crate::reactor::{Done, OpId, Reactor};
 use crate::uplink::UplinkQueue;
 use crate::virtq::{QueueConfig, SplitQueue};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-/// Frames after which used entries are published and the driver is notified.
-const BURST: u32 = 64;
-/// Bursts that one ring may take in a turn of the loop before the others have theirs.
-const BURSTS_PER_TURN: u32 = 4;
-
 /// A queue pair.
 pub struct Pair {
     key: PairKey,
     slot: u32,
-    memory: GuestMemory,
-    features: u64,
-    uplink: Box<dyn UplinkQueue>,
+    pub(super) memory: GuestMemory,
+    pub(super) features: u64,
+    pub(super) uplink: Box<dyn UplinkQueue>,
     uplink_poll: Option<OpId>,
     /// Frames may wait at the uplink.
-    uplink_readable: bool,
+    pub(super) uplink_readable: bool,
     uplink_epoch: u32,
     writable_poll: bool,
-    receiver: Receiver,
-    rx: Half,
-    tx: Half,
-    counters: Arc<PairCounters>,
+    pub(super) receiver: Receiver,
+    pub(super) rx: Half,
+    pub(super) tx: Half,
+    pub(super) counters: Arc<PairCounters>,
     /// It stands in the worker's ready queue.
-    queued: bool,
+    pub(super) queued: bool,
     uplink_down: bool,
 }
 
@@ -81,7 +73,7 @@ impl Pair {
         }
     }
 
-    fn token(&self, what: What) -> PairToken {
+    pub(super) fn token(&self, what: What) -> PairToken {
         let epoch = match what {
             What::Kick(direction) => self.half_ref(direction).epoch,
             What::Call(direction) => self.half_ref(direction).call.epoch(),
@@ -104,7 +96,7 @@ impl Pair {
         tx || (self.rx.enabled && self.frame_waits() && self.rx.ring.as_ref().is_some_and(Ring::runnable))
     }
 
-    fn frame_waits(&self) -> bool {
+    pub(super) fn frame_waits(&self) -> bool {
         self.uplink_readable || self.receiver.holds_frame()
     }
 
@@ -247,7 +239,7 @@ impl Pair {
     }
 
     /// Polls the uplink for frames exactly while the receive ring can take some.
-    fn watch_uplink<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>) {
+    pub(super) fn watch_uplink<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>) {
         let wanted = self.rx.ring.is_some() && self.rx.enabled && !self.uplink_down;
         match (wanted, self.uplink_poll) {
             (true, None) => {
@@ -335,139 +327,7 @@ impl Pair {
         }
     }
 
-    /// Moves what there is to move, up to the turn's budget.
-    pub fn turn<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, shared: &mut Shared) {
-        self.queued = false;
-        self.transmit(reactor, shared);
-        self.receive(reactor, shared);
-        if self.memory.poisoned() {
-            self.fail_memory(reactor, shared);
-        }
-    }
-
-    fn transmit<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, shared: &mut Shared) {
-        let settings = TxSettings {
-            features: self.features,
-            header_len: features::header_len(self.features),
-            enabled: self.tx.enabled,
-        };
-        let token = self.token(What::Call(Direction::Transmit));
-        for _ in 0..BURSTS_PER_TURN {
-            let Some(ring) = self.tx.ring.as_mut().filter(|ring| ring.runnable()) else { return };
-            ring.ignore_kicks();
-            let queue = &mut ring.queue;
-            let (used, end) = tx::run(
-                queue,
-                &self.memory,
-                &mut *self.uplink,
-                &mut shared.tx,
-                settings,
-                &self.counters,
-                BURST,
-            );
-            let call = finish_burst(queue, used, &self.counters);
-            let outcome = match end {
-                End::Budget => Ok(()),
-                // Look once more after notifications are on again: a lost wake-up otherwise.
-                End::Idle if ring.kick.is_some() => queue.enable_kicks().map(|more| {
-                    ring.listening = true;
-                    ring.pending = more;
-                }),
-                End::Parked(range) => {
-                    ring.parked = Some(range);
-                    self.counters.parks.add(1);
-                    Ok(())
-                }
-                End::UplinkFull => {
-                    ring.pending = false;
-                    self.wait_writable(reactor);
-                    Ok(())
-                }
-                End::MemoryFault => {
-                    self.fail_memory(reactor, shared);
-                    return;
-                }
-                End::Broken(error) => Err(error),
-                End::Idle | End::NoBuffers | End::UplinkDown(_) => Ok(()),
-            };
-            if call {
-                self.tx.call.notify(reactor, token);
-            }
-            if let Err(error) = outcome {
-                self.give_up(reactor, Direction::Transmit, error.to_string(), shared);
-                return;
-            }
-            if used < BURST && self.tx.ring.as_ref().is_none_or(|ring| ring.kick.is_none()) {
-                return; // a polled ring: the others first
-            }
-        }
-    }
-
-    fn receive<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, shared: &mut Shared) {
-        if !self.rx.enabled {
-            return;
-        }
-        let settings = RxSettings::new(self.features);
-        let token = self.token(What::Call(Direction::Receive));
-        for _ in 0..BURSTS_PER_TURN {
-            if !self.frame_waits() {
-                return;
-            }
-            let Some(ring) = self.rx.ring.as_mut().filter(|ring| ring.runnable()) else { return };
-            ring.ignore_kicks();
-            let queue = &mut ring.queue;
-            let (used, end) = self.receiver.run(
-                queue,
-                &self.memory,
-                &mut *self.uplink,
-                &mut shared.rx,
-                settings,
-                &self.counters,
-                BURST,
-            );
-            let call = finish_burst(queue, used, &self.counters);
-            let outcome = match end {
-                End::Budget => Ok(()),
-                End::Idle => {
-                    self.uplink_readable = false;
-                    self.watch_uplink(reactor);
-                    Ok(())
-                }
-                End::NoBuffers if ring.kick.is_some() => queue.enable_kicks().map(|more| {
-                    ring.listening = true;
-                    ring.pending = more;
-                }),
-                End::Parked(range) => {
-                    ring.parked = Some(range);
-                    self.counters.parks.add(1);
-                    Ok(())
-                }
-                End::UplinkDown(why) => {
-                    self.uplink_readable = false;
-                    self.uplink_lost(reactor, why, shared);
-                    Ok(())
-                }
-                End::MemoryFault => {
-                    self.fail_memory(reactor, shared);
-                    return;
-                }
-                End::Broken(error) => Err(error),
-                End::NoBuffers | End::UplinkFull => Ok(()),
-            };
-            if call {
-                self.rx.call.notify(reactor, token);
-            }
-            if let Err(error) = outcome {
-                self.give_up(reactor, Direction::Receive, error.to_string(), shared);
-                return;
-            }
-            if self.rx.ring.as_ref().is_none_or(|ring| ring.kick.is_none()) {
-                return;
-            }
-        }
-    }
-
-    fn wait_writable<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>) {
+    pub(super) fn wait_writable<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>) {
         let token = self.token(What::UplinkWritable);
         if let Some(fd) = self.uplink.readable().filter(|_| !self.writable_poll) {
             self.writable_poll = true;
@@ -475,7 +335,7 @@ impl Pair {
         }
     }
 
-    fn uplink_lost<T: Copy + From<PairToken>>(
+    pub(super) fn uplink_lost<T: Copy + From<PairToken>>(
         &mut self,
         reactor: &mut Reactor<T>,
         why: String,
@@ -488,7 +348,7 @@ impl Pair {
     }
 
     /// Stops a ring that cannot be used, and says so: error eventfd, counter, event.
-    fn give_up<T: Copy + From<PairToken>>(
+    pub(super) fn give_up<T: Copy + From<PairToken>>(
         &mut self,
         reactor: &mut Reactor<T>,
         direction: Direction,
@@ -502,24 +362,14 @@ impl Pair {
         shared.outbox.push(ToControl::Event(self.key, Event::RingBroken(direction, why)));
     }
 
-    fn fail_memory<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, shared: &mut Shared) {
+    pub(super) fn fail_memory<T: Copy + From<PairToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        shared: &mut Shared,
+    ) {
         self.stop(reactor, Direction::Receive);
         self.stop(reactor, Direction::Transmit);
         self.memory = GuestMemory::empty();
         shared.outbox.push(ToControl::Event(self.key, Event::MemoryFault));
     }
-}
-
-/// Publishes a burst's used entries. True if the driver wants to be notified.
-fn finish_burst(queue: &mut SplitQueue, used: u32, counters: &PairCounters) -> bool {
-    if used == 0 {
-        return false;
-    }
-    queue.publish();
-    counters.bursts.add(1);
-    let call = queue.needs_call();
-    if call {
-        counters.calls.add(1);
-    }
-    call
 }

@@ -2,11 +2,12 @@
 #![forbid(unsafe_code)]
 
 use super::rig::{BUFFERS, Rig, kick, nonblocking};
-use crate::memory::GuestMemory;
-use crate::memory::testing::{map, spec};
+use crate::memory::testing::{USER_BASE, contents, map, memfd, spec};
+use crate::memory::{DirtyLog, GuestMemory};
 use crate::virtq::tests::driver::MEM_SIZE;
 use crate::worker::Direction::{Receive, Transmit};
 use crate::worker::{Command, Reply};
+use std::sync::Arc;
 
 /// vhost #343, #375: the kick may come while nobody listens, or not at all.
 #[test]
@@ -129,10 +130,10 @@ fn nothing_is_written_after_a_stop() {
     rig.uplink_delivers(1, 60);
     rig.stop(Receive);
     rig.stop(Transmit);
-    let before = crate::memory::testing::contents(&rig.rx.file);
+    let before = contents(&rig.rx.file);
     kick(&rig.rx_kick);
     rig.settle();
-    assert!(before == crate::memory::testing::contents(&rig.rx.file));
+    assert!(before == contents(&rig.rx.file));
     assert!(rig.marks().is_empty());
 }
 
@@ -164,6 +165,22 @@ fn a_frame_that_waits_for_buffers_survives_new_memory() {
     rig.done(Command::Memory(again));
     rig.guest_offers(600);
     kick(&rig.rx_kick);
+    rig.settle();
+    assert_eq!((rig.rx.used(0), rig.rx.used(1)), ((0, 500), (1, 512)));
+}
+
+#[test]
+fn a_frame_that_waits_for_buffers_needs_no_other_frame_to_go_on() {
+    let mut rig = Rig::running();
+    rig.guest_offers(500);
+    rig.uplink_delivers(5, 1000);
+    rig.settle();
+    rig.enable(Receive, false);
+    rig.guest_offers(600);
+    kick(&rig.rx_kick);
+    rig.settle();
+    assert_eq!(rig.rx.used_idx(), 0, "disabled");
+    rig.enable(Receive, true);
     rig.settle();
     assert_eq!((rig.rx.used(0), rig.rx.used(1)), ((0, 500), (1, 512)));
 }
@@ -280,6 +297,44 @@ fn many_lives_leave_nothing_behind() {
         rig.stop(Transmit);
     }
     rig.settle();
-    assert_eq!(rig.reactor.in_flight(), 0);
+    rig.settle_until(|rig| rig.reactor.in_flight() == 0);
     assert_eq!(Rig::holders(&rig.rx_kick), 1);
+}
+
+/// The source of a precopy migration: the log comes while the rings run, and finds all that they write.
+#[test]
+fn what_is_written_is_logged_from_the_moment_the_log_is_there() {
+    let mut rig = Rig::running();
+    rig.guest_offers(100);
+    rig.uplink_delivers(5, 1000);
+    rig.settle();
+    let log_file = memfd(0x1000);
+    let log = DirtyLog::new(log_file.try_clone().unwrap().into(), 0x1000, 0).unwrap();
+    let memory = rig.memory.with_log(Some(Arc::new(log)));
+    rig.done(Command::Memory(memory));
+    for direction in [Receive, Transmit] {
+        let mut config = if direction == Receive { rig.rx.config } else { rig.tx.config };
+        config.log_used = Some(config.used_user - USER_BASE);
+        // The frame that waits for buffers is given up; its page was written before there was a log.
+        rig.done(Command::Update { direction, config });
+    }
+    for mark in 0..10 {
+        rig.guest_offers(500);
+        rig.guest_sends(mark, 60);
+    }
+    let before = contents(&rig.rx.file);
+    for mark in 0..5 {
+        rig.uplink_delivers(mark, 700);
+    }
+    kick(&rig.tx_kick);
+    kick(&rig.rx_kick);
+    rig.settle();
+    assert!(rig.rx.used_idx() >= 8 && rig.tx.used_idx() == 10);
+    let (after, log) = (contents(&rig.rx.file), contents(&log_file));
+    let pages = before.chunks(4096).zip(after.chunks(4096)).enumerate();
+    let changed: Vec<_> = pages.filter(|(_, (a, b))| a != b).map(|(page, _)| page).collect();
+    assert!(changed.len() >= 4, "two used rings and buffers: {changed:x?}");
+    for page in changed {
+        assert!(log[page / 8] & 1 << (page % 8) != 0, "page {page:#x} was written and not logged");
+    }
 }

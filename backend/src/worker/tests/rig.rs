@@ -5,6 +5,7 @@ use crate::memory::testing::guest;
 use crate::memory::{GuestMemory, ResidencyMap};
 use crate::net::counters::PairCounters;
 use crate::reactor::{Done, Reactor};
+use crate::uplink::UplinkQueue;
 use crate::uplink::testing::FakeUplink;
 use crate::virtq::tests::driver::{Driver, MEM_SIZE, WRITE};
 use crate::worker::datapath::Datapath;
@@ -69,17 +70,18 @@ pub struct Rig {
 impl Rig {
     /// A pair with memory, features and calls, no ring started.
     pub fn new() -> Self {
+        let uplink = FakeUplink::new();
+        Self::with_uplink(uplink.clone(), Box::new(uplink))
+    }
+
+    /// The same, with a real uplink in place of the scripted one.
+    pub fn with_uplink(uplink: FakeUplink, queue: Box<dyn UplinkQueue>) -> Self {
         let (memory, file) = guest(MEM_SIZE);
         let rx = Driver::sharing(memory.clone(), file.try_clone().unwrap(), 0, SIZE);
         let tx = Driver::sharing(memory.clone(), file, TX_ORIGIN, SIZE);
-        let uplink = FakeUplink::new();
         let counters = Arc::<PairCounters>::default();
         let mut datapath = Datapath::default();
-        datapath.attach(Attachment {
-            key: KEY,
-            uplink: Box::new(uplink.clone()),
-            counters: counters.clone(),
-        });
+        datapath.attach(Attachment { key: KEY, uplink: queue, counters: counters.clone() });
         let mut rig = Self {
             reactor: Reactor::new().unwrap(),
             datapath,

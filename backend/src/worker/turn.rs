@@ -1,0 +1,168 @@
+//! A pair's turn of the loop: bursts on both rings, their used entries, one notification for each burst.
+//!
+//! Nothing here sleeps, and nothing here is done per packet but by `net::rx` and `net::tx`. Not here: commands and
+//! completions, which say when a ring is to be looked at (`pair`).
+#![forbid(unsafe_code)]
+
+use super::datapath::Shared;
+use super::pair::Pair;
+use super::{Direction, PairToken, What};
+use crate::net::counters::PairCounters;
+use crate::net::features;
+use crate::net::rx::RxSettings;
+use crate::net::tx::{self, End, TxSettings};
+use crate::reactor::Reactor;
+use crate::virtq::SplitQueue;
+
+/// Frames after which used entries are published and the driver is notified.
+const BURST: u32 = 64;
+/// Bursts that one ring may take in a turn of the loop before the others have theirs.
+const BURSTS_PER_TURN: u32 = 4;
+
+impl Pair {
+    /// Moves what there is to move, up to the turn's budget.
+    pub fn turn<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, shared: &mut Shared) {
+        self.queued = false;
+        self.transmit(reactor, shared);
+        self.receive(reactor, shared);
+        if self.memory.poisoned() {
+            self.fail_memory(reactor, shared);
+        }
+    }
+
+    fn transmit<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, shared: &mut Shared) {
+        let settings = TxSettings {
+            features: self.features,
+            header_len: features::header_len(self.features),
+            enabled: self.tx.enabled,
+        };
+        let token = self.token(What::Call(Direction::Transmit));
+        for _ in 0..BURSTS_PER_TURN {
+            let Some(ring) = self.tx.ring.as_mut().filter(|ring| ring.runnable()) else { return };
+            ring.ignore_kicks();
+            let queue = &mut ring.queue;
+            let (used, end) = tx::run(
+                queue,
+                &self.memory,
+                &mut *self.uplink,
+                &mut shared.tx,
+                settings,
+                &self.counters,
+                BURST,
+            );
+            let call = finish_burst(queue, used, &self.counters);
+            let outcome = match end {
+                End::Budget => Ok(()),
+                // Look once more after notifications are on again: a lost wake-up otherwise.
+                End::Idle if ring.kick.is_some() => queue.enable_kicks().map(|more| {
+                    ring.listening = true;
+                    ring.pending = more;
+                }),
+                End::Parked(range) => {
+                    ring.parked = Some(range);
+                    self.counters.parks.add(1);
+                    Ok(())
+                }
+                End::UplinkFull => {
+                    ring.pending = false;
+                    self.wait_writable(reactor);
+                    Ok(())
+                }
+                End::MemoryFault => {
+                    self.fail_memory(reactor, shared);
+                    return;
+                }
+                End::Broken(error) => Err(error),
+                End::Idle | End::NoBuffers | End::UplinkDown(_) => Ok(()),
+            };
+            if call {
+                self.tx.call.notify(reactor, token);
+            }
+            if let Err(error) = outcome {
+                self.give_up(reactor, Direction::Transmit, error.to_string(), shared);
+                return;
+            }
+            if used < BURST && self.tx.ring.as_ref().is_none_or(|ring| ring.kick.is_none()) {
+                return; // a polled ring: the others first
+            }
+        }
+    }
+
+    fn receive<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, shared: &mut Shared) {
+        if !self.rx.enabled {
+            return;
+        }
+        let settings = RxSettings::new(self.features);
+        let token = self.token(What::Call(Direction::Receive));
+        for _ in 0..BURSTS_PER_TURN {
+            if !self.frame_waits() {
+                return;
+            }
+            let Some(ring) = self.rx.ring.as_mut().filter(|ring| ring.runnable()) else { return };
+            ring.ignore_kicks();
+            let queue = &mut ring.queue;
+            let (used, end) = self.receiver.run(
+                queue,
+                &self.memory,
+                &mut *self.uplink,
+                &mut shared.rx,
+                settings,
+                &self.counters,
+                BURST,
+            );
+            let call = finish_burst(queue, used, &self.counters);
+            let outcome = match end {
+                End::Budget => Ok(()),
+                End::Idle => {
+                    self.uplink_readable = false;
+                    self.watch_uplink(reactor);
+                    Ok(())
+                }
+                End::NoBuffers if ring.kick.is_some() => queue.enable_kicks().map(|more| {
+                    ring.listening = true;
+                    ring.pending = more;
+                }),
+                End::Parked(range) => {
+                    ring.parked = Some(range);
+                    self.counters.parks.add(1);
+                    Ok(())
+                }
+                End::UplinkDown(why) => {
+                    self.uplink_readable = false;
+                    self.uplink_lost(reactor, why, shared);
+                    Ok(())
+                }
+                End::MemoryFault => {
+                    self.fail_memory(reactor, shared);
+                    return;
+                }
+                End::Broken(error) => Err(error),
+                End::NoBuffers | End::UplinkFull => Ok(()),
+            };
+            if call {
+                self.rx.call.notify(reactor, token);
+            }
+            if let Err(error) = outcome {
+                self.give_up(reactor, Direction::Receive, error.to_string(), shared);
+                return;
+            }
+            if self.rx.ring.as_ref().is_none_or(|ring| ring.kick.is_none()) {
+                return;
+            }
+        }
+    }
+}
+
+/// Publishes a burst's used entries. True if the driver wants to be notified.
+fn finish_burst(queue: &mut SplitQueue, used: u32, counters: &PairCounters) -> bool {
+    if used == 0 {
+        return false;
+    }
+    queue.publish();
+    counters.bursts.add(1);
+    let call = queue.needs_call();
+    if call {
+        counters.calls.add(1);
+    }
+    call
+}
