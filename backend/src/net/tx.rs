@@ -2,16 +2,22 @@
 //!
 //! The header is our own checked copy, since the guest can change its own while we look; the frame itself is
 //! not copied: its pages are the iovecs. Frames complete in ring order.
+//!
+//! A batch goes through three passes, each short enough to stay in the cache: chains are taken and their lines asked
+//! for (`take`), headers are checked and buffers listed (`assemble`, which hands all to the uplink at once), chains are
+//! completed in ring order (`settle`).
 #![forbid(unsafe_code)]
 
 use super::counters::PairCounters;
 use super::header::{FRAME_LEN_MAX, FRAME_LEN_MIN, HDR_LEN, VirtioNetHdr};
-use crate::memory::{AccessError, GuestMemory, IoVecStorage, MAX_IOVECS, MissingRange};
-use crate::uplink::{SendError, UplinkQueue};
-use crate::virtq::{Chain, PopError, QueueError, SplitQueue};
+use crate::memory::{AccessError, GuestMemory, IoVecStorage, IoVecs, MAX_IOVECS, MissingRange};
+use crate::uplink::{Burst, SendError, UplinkQueue};
+use crate::virtq::{Chain, PopError, QueueError, Segment, SplitQueue};
+use std::ops::Range;
 
 /// Bytes of frames after which a burst ends: large frames must not make other queues wait.
 pub const BURST_BYTES: u64 = 512 << 10;
+
 /// Why a run over a ring ended.
 #[derive(Debug)]
 pub enum End {
@@ -44,11 +50,54 @@ pub struct TxSettings {
     pub enabled: bool,
 }
 
+/// Frames that are taken from the ring, checked and sent together.
+const BATCH: usize = 64;
+/// Pieces of frames that a batch holds at most; the one that reaches it is its last.
+const BATCH_PIECES: usize = 2 * MAX_IOVECS;
+
+/// A chain taken from the ring, on its way to the used ring.
+struct Taken {
+    head: u16,
+    /// Its pieces, in the scratch's list.
+    pieces: Range<usize>,
+    /// Bytes of its pieces, header included.
+    len: u64,
+    verdict: Verdict,
+}
+
+/// What becomes of a chain.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Send,
+    Discard,
+    BadChain,
+    BadHeader,
+    BadLength,
+}
+
 /// Buffers that a worker shares between the transmit paths of all its pairs.
-#[derive(Default)]
 pub struct Scratch {
     chain: Chain,
+    taken: Vec<Taken>,
+    pieces: Vec<Segment>,
+    headers: Vec<[u8; HDR_LEN]>,
     iovecs: IoVecStorage,
+    frames: Vec<Range<usize>>,
+    outcomes: Vec<Result<(), SendError>>,
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self {
+            chain: Chain::new(),
+            taken: Vec::with_capacity(BATCH),
+            pieces: Vec::with_capacity(BATCH_PIECES + MAX_IOVECS),
+            headers: vec![[0; HDR_LEN]; BATCH],
+            iovecs: IoVecStorage::default(),
+            frames: Vec::with_capacity(BATCH),
+            outcomes: Vec::with_capacity(BATCH),
+        }
+    }
 }
 
 /// Moves up to `budget` frames from the ring to the uplink. Used entries are pushed but not published: the
@@ -62,124 +111,221 @@ pub fn run(
     counters: &PairCounters,
     budget: u32,
 ) -> (u32, End) {
-    let Scratch { chain, iovecs } = scratch;
     let mut used = 0;
-    let (mut packets, mut bytes) = (0, 0);
-    let end = loop {
-        if used >= budget || bytes >= BURST_BYTES {
-            break End::Budget;
+    let mut bytes = 0;
+    loop {
+        let room = BATCH.min((budget - used) as usize);
+        let mut end = take(ring, memory, scratch, settings, room, BURST_BYTES.saturating_sub(bytes));
+        let ready = assemble(memory, scratch, settings, uplink, &mut end);
+        let (done, sent) = settle(ring, scratch, settings, counters, ready, &mut end);
+        used += done;
+        bytes += sent;
+        match end {
+            Some(end) => return (used, end),
+            None if used >= budget || bytes >= BURST_BYTES => return (used, End::Budget),
+            None => {}
         }
-        match ring.pop(memory, chain) {
-            Ok(true) => {}
-            Ok(false) => break End::Idle,
+    }
+}
+
+/// Takes up to `room` chains off the ring, and asks for the lines that will be read next. Returns why there are no more.
+fn take(
+    ring: &mut SplitQueue,
+    memory: &GuestMemory,
+    scratch: &mut Scratch,
+    settings: TxSettings,
+    room: usize,
+    bytes_max: u64,
+) -> Option<End> {
+    let Scratch { chain, taken, pieces, .. } = scratch;
+    taken.clear();
+    pieces.clear();
+    let mut bytes = 0;
+    while taken.len() < room && bytes < bytes_max && pieces.len() < BATCH_PIECES {
+        let (head, verdict) = match ring.pop(memory, chain) {
+            Ok(true) if settings.enabled => (chain.head(), Verdict::Send),
+            Ok(true) => (chain.head(), Verdict::Discard),
+            Ok(false) => return Some(End::Idle),
             Err(PopError::Bad { head, why }) => {
                 tracing::debug!(head, %why, "transmit chain refused");
-                counters.tx_bad_chains.add(1);
-                ring.push(head, 0);
-                used += 1;
-                continue;
+                (head, Verdict::BadChain)
             }
-            Err(PopError::Missing(range)) => break End::Parked(range),
-            Err(PopError::Broken(error)) => break End::Broken(error),
+            Err(PopError::Missing(range)) => return Some(End::Parked(range)),
+            Err(PopError::Broken(error)) => return Some(End::Broken(error)),
+        };
+        let start = pieces.len();
+        let mut len = 0;
+        if verdict == Verdict::Send {
+            pieces.extend_from_slice(chain.readable());
+            len = chain.readable_len();
+            bytes += len;
+            // The driver wrote header and frame a moment ago: their lines are in another core's cache.
+            if let Some(first) = pieces.get(start) {
+                memory.prefetch(first.gpa);
+                memory.prefetch(first.gpa + u64::from(first.len.saturating_sub(1)).min(LINE));
+            }
+            if let Some(second) = pieces.get(start + 1) {
+                memory.prefetch(second.gpa);
+            }
         }
-        if !settings.enabled {
-            counters.tx_discarded_disabled.add(1);
-            ring.push(chain.head(), 0);
-            used += 1;
+        taken.push(Taken { head, pieces: start..pieces.len(), len, verdict });
+    }
+    None
+}
+
+/// Bytes of a cache line, as far as prefetching goes.
+const LINE: u64 = 64;
+
+/// Checks what was taken and hands it to the uplink. Returns how many chains have a verdict: the others are to be given
+/// back to the ring.
+fn assemble(
+    memory: &GuestMemory,
+    scratch: &mut Scratch,
+    settings: TxSettings,
+    uplink: &mut dyn UplinkQueue,
+    end: &mut Option<End>,
+) -> usize {
+    let Scratch { taken, pieces, headers, iovecs, frames, outcomes, .. } = scratch;
+    frames.clear();
+    outcomes.clear();
+    let iovecs = iovecs.begin();
+    let mut ready = taken.len();
+    for ((index, taken), header) in taken.iter_mut().enumerate().zip(headers.iter_mut()) {
+        if taken.verdict != Verdict::Send {
             continue;
         }
-        match send(memory, uplink, chain, iovecs, settings) {
-            Ok(len) => {
-                packets += 1;
-                bytes += len;
-            }
-            Err(Refusal::Header) => counters.tx_bad_header.add(1),
-            Err(Refusal::Length) => counters.tx_bad_length.add(1),
-            Err(Refusal::Memory(AccessError::Missing(range))) => {
-                ring.unpop(1);
-                break End::Parked(range);
-            }
-            Err(Refusal::Memory(_)) => counters.tx_bad_chains.add(1),
-            Err(Refusal::Uplink(SendError::Full)) => {
-                ring.unpop(1);
-                break End::UplinkFull;
-            }
-            Err(Refusal::Uplink(SendError::MemoryFault)) => {
-                ring.unpop(1);
-                break End::MemoryFault;
-            }
-            Err(Refusal::Uplink(SendError::Rejected(error))) => {
-                tracing::debug!(%error, "frame refused by the uplink");
-                counters.tx_rejected.add(1);
-            }
-            Err(Refusal::Uplink(SendError::Down(_))) => counters.tx_dropped_down.add(1),
+        let start = iovecs.len();
+        if iovecs.room() <= MAX_IOVECS {
+            // Chains of very many pieces: the next batch takes them, and the reason to end comes up there again.
+            ready = index;
+            *end = None;
+            break;
         }
-        ring.push(chain.head(), 0);
-        used += 1;
-    };
+        match frame(memory, &pieces[taken.pieces.clone()], taken.len, header, iovecs, settings) {
+            Ok(()) => frames.push(start..iovecs.len()),
+            Err(Refusal::Missing(range)) => {
+                iovecs.truncate(start);
+                ready = index;
+                *end = Some(End::Parked(range));
+                break;
+            }
+            Err(Refusal::For(verdict)) => {
+                iovecs.truncate(start);
+                taken.verdict = verdict;
+            }
+        }
+    }
+    if !frames.is_empty() {
+        uplink.send_burst(&Burst { buffers: iovecs.as_slice(), frames }, outcomes);
+    }
+    ready
+}
+
+/// Pushes what is done, in ring order, and gives the rest back. Returns chains and bytes done.
+fn settle(
+    ring: &mut SplitQueue,
+    scratch: &mut Scratch,
+    settings: TxSettings,
+    counters: &PairCounters,
+    ready: usize,
+    end: &mut Option<End>,
+) -> (u32, u64) {
+    let Scratch { taken, outcomes, .. } = scratch;
+    let mut outcomes = outcomes.drain(..);
+    let mut done = 0;
+    let (mut packets, mut bytes) = (0, 0);
+    for taken in &taken[..ready] {
+        match taken.verdict {
+            Verdict::Send => match outcomes.next() {
+                Some(Ok(())) => {
+                    packets += 1;
+                    bytes += taken.len - settings.header_len as u64;
+                }
+                Some(Err(SendError::Rejected(error))) => {
+                    tracing::debug!(%error, "frame refused by the uplink");
+                    counters.tx_rejected.add(1);
+                }
+                Some(Err(SendError::Down(_))) => counters.tx_dropped_down.add(1),
+                Some(Err(SendError::MemoryFault)) => {
+                    *end = Some(End::MemoryFault);
+                    break;
+                }
+                Some(Err(SendError::Full)) | None => {
+                    *end = Some(End::UplinkFull);
+                    break;
+                }
+            },
+            Verdict::Discard => counters.tx_discarded_disabled.add(1),
+            Verdict::BadChain => counters.tx_bad_chains.add(1),
+            Verdict::BadHeader => counters.tx_bad_header.add(1),
+            Verdict::BadLength => counters.tx_bad_length.add(1),
+        }
+        ring.push(taken.head, 0);
+        done += 1;
+    }
+    ring.unpop((taken.len() - done) as u16);
     counters.tx_packets.add(packets);
     counters.tx_bytes.add(bytes);
-    (used, end)
+    (done as u32, bytes)
 }
 
 enum Refusal {
-    Header,
-    Length,
-    Memory(AccessError),
-    Uplink(SendError),
+    For(Verdict),
+    Missing(MissingRange),
 }
 
 impl From<AccessError> for Refusal {
     fn from(error: AccessError) -> Self {
-        Self::Memory(error)
+        match error {
+            AccessError::Missing(range) => Self::Missing(range),
+            _ => Self::For(Verdict::BadChain),
+        }
     }
 }
 
-/// Sends one chain's frame; returns its length in bytes without the header.
+/// Copies and checks a frame's header, and lists its buffers.
 #[inline]
-fn send(
-    memory: &GuestMemory,
-    uplink: &mut dyn UplinkQueue,
-    chain: &Chain,
-    iovecs: &mut IoVecStorage,
+fn frame<'a>(
+    memory: &'a GuestMemory,
+    pieces: &[Segment],
+    len: u64,
+    header: &'a mut [u8; HDR_LEN],
+    iovecs: &mut IoVecs<'a>,
     settings: TxSettings,
-) -> Result<u64, Refusal> {
+) -> Result<(), Refusal> {
     let header_len = settings.header_len;
-    let frame_len = chain.readable_len().wrapping_sub(header_len as u64);
     // A chain shorter than the header wraps round to a huge length.
+    let frame_len = len.wrapping_sub(header_len as u64);
     if !(FRAME_LEN_MIN..=FRAME_LEN_MAX).contains(&frame_len) {
-        return Err(Refusal::Length);
+        return Err(Refusal::For(Verdict::BadLength));
     }
     // ANY_LAYOUT: the header may share a descriptor with the frame, or be spread over several.
-    let mut header = [0; HDR_LEN];
-    let mut segments = chain.readable().iter();
+    let mut pieces = pieces.iter();
     let mut have = 0;
     let mut rest = (0, 0);
     while have < header_len {
-        let Some(segment) = segments.next() else { return Err(Refusal::Length) };
-        let take = (header_len - have).min(segment.len as usize);
-        memory.read(segment.gpa, &mut header[have..have + take])?;
+        let Some(piece) = pieces.next() else { return Err(Refusal::For(Verdict::BadLength)) };
+        let take = (header_len - have).min(piece.len as usize);
+        memory.read(piece.gpa, &mut header[have..have + take])?;
         have += take;
-        rest = (segment.gpa + take as u64, segment.len - take as u32);
-    }
-    let parsed = VirtioNetHdr::parse(&header[..header_len]);
-    if parsed.check(frame_len, settings.features).is_err() {
-        return Err(Refusal::Header);
+        rest = (piece.gpa + take as u64, piece.len - take as u32);
     }
     // num_buffers has no meaning on transmit (VIRTIO 1.3 §5.1.6.2): what the guest wrote there stays here.
     header[10..].fill(0);
-    let iovecs = iovecs.begin();
+    if VirtioNetHdr::parse(header).check(frame_len, settings.features).is_err() {
+        return Err(Refusal::For(Verdict::BadHeader));
+    }
+    let start = iovecs.len();
     iovecs.push_own(&header[..header_len]);
     if rest.1 > 0 {
         memory.push_iovecs(rest.0, rest.1, iovecs)?;
     }
-    for segment in segments {
-        memory.push_iovecs(segment.gpa, segment.len, iovecs)?;
+    for piece in pieces {
+        memory.push_iovecs(piece.gpa, piece.len, iovecs)?;
     }
     // More than a call takes, the header included: the kernel would refuse it (EINVAL).
-    if iovecs.len() > MAX_IOVECS {
-        return Err(Refusal::Memory(AccessError::Full));
+    if iovecs.len() - start > MAX_IOVECS {
+        return Err(Refusal::For(Verdict::BadChain));
     }
-    uplink.send(iovecs.as_slice()).map_err(Refusal::Uplink)?;
-    Ok(frame_len)
+    Ok(())
 }

@@ -7,6 +7,7 @@
 //! calls may sleep. Its [`UplinkQueue`]s, one a queue pair, move to the workers that serve the pairs and
 //! never sleep.
 
+mod burst_ring;
 pub mod null;
 pub mod tap;
 #[cfg(test)]
@@ -16,6 +17,7 @@ pub(crate) mod testing;
 
 use crate::memory::IoVec;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -68,6 +70,36 @@ pub enum ReceiveError {
     MemoryFault,
 }
 
+/// Frames to be sent one after the other.
+pub struct Burst<'a> {
+    /// The buffers of all frames.
+    pub buffers: &'a [IoVec<'a>],
+    /// Which of them belong to each frame.
+    pub frames: &'a [Range<usize>],
+}
+
+impl<'a> Burst<'a> {
+    /// Each frame's buffers: virtio-net header (our own copy), then the Ethernet frame.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = &'a [IoVec<'a>]> {
+        let Self { buffers, frames } = *self;
+        frames.iter().map(|frame| &buffers[frame.clone()])
+    }
+}
+
+/// Sends frame by frame, up to the first that finds no room.
+fn send_each<'a>(
+    burst: &Burst<'a>,
+    outcomes: &mut Vec<Result<(), SendError>>,
+    mut send: impl FnMut(&'a [IoVec<'a>]) -> Result<(), SendError>,
+) {
+    for frame in burst.iter() {
+        match send(frame) {
+            Err(SendError::Full) => return,
+            outcome => outcomes.push(outcome),
+        }
+    }
+}
+
 /// An uplink as a whole. All calls but `capabilities`, `describe` and `announce` may sleep.
 pub trait Uplink: Send + Sync {
     /// The uplink in the operator's words, e.g. `tap:vm1`.
@@ -105,6 +137,11 @@ pub trait UplinkQueue: Send {
     /// # Errors
     /// See [`SendError`]; after `Full` the same frame may be offered again.
     fn send(&mut self, frame: &[IoVec<'_>]) -> Result<(), SendError>;
+    /// Sends the frames of a burst in their order and appends an outcome for each. Fewer outcomes than frames mean
+    /// that the uplink is full: the rest may be offered again when it is writable.
+    fn send_burst(&mut self, burst: &Burst<'_>, outcomes: &mut Vec<Result<(), SendError>>) {
+        send_each(burst, outcomes, |frame| self.send(frame));
+    }
     /// Receives one frame, header first, into the buffers in their order. Returns its length in bytes, header
     /// included; a frame longer than the buffers is cut off.
     ///

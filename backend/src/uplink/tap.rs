@@ -1,10 +1,12 @@
 //! The tap uplink: created by name or inherited by descriptor, with vnet_hdr, single- or multi-queue.
 //!
-//! Frames go from and to guest memory by one writev(2) or readv(2) each, on a non-blocking descriptor:
-//! io_uring reads and writes measured no better here (bench/README.md), and readiness comes by io_uring poll.
+//! Frames go from and to guest memory without a copy of ours: a burst to be sent by one system call (`burst_ring`), a
+//! single one by writev(2), a received one by readv(2). Which is faster where stands in bench/README.md. Readiness comes
+//! by io_uring poll.
 //! Not here: what a header means (`net::header`), which offloads the driver took (`net::features`).
 
-use super::{Capabilities, FrameFormat, ReceiveError, SendError, Uplink, UplinkQueue};
+use super::burst_ring::{BurstRing, FRAMES_MAX};
+use super::{Burst, Capabilities, FrameFormat, ReceiveError, SendError, Uplink, UplinkQueue, send_each};
 use crate::memory::IoVec;
 use std::fs::OpenOptions;
 use std::io;
@@ -79,6 +81,8 @@ pub struct Tap {
 /// One queue of a [`Tap`].
 pub struct TapQueue {
     fd: Arc<OwnedFd>,
+    /// For bursts; without it (io_uring limits) frames are written one by one.
+    burst_ring: Option<BurstRing>,
 }
 
 fn ioctl(fd: &impl AsRawFd, request: libc::c_ulong, argument: libc::c_ulong) -> io::Result<()> {
@@ -169,6 +173,10 @@ impl Tap {
         .is_ok();
         let base = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN;
         let tso = uso || ioctl(first, libc::TUNSETOFFLOAD as _, base).is_ok();
+        // Whoever opened an inherited tap may have limited it; without a limit no frame of a burst finds it full.
+        let unlimited = libc::c_int::MAX;
+        ioctl(first, libc::TUNSETSNDBUF as _, (&raw const unlimited) as libc::c_ulong)
+            .map_err(|error| TapError::Call(name.clone(), "TUNSETSNDBUF", error))?;
         ioctl(first, libc::TUNSETOFFLOAD as _, 0)
             .map_err(|error| TapError::Call(name.clone(), "TUNSETOFFLOAD", error))?;
         let mut offloads = 1 << vn::VIRTIO_NET_F_CSUM
@@ -203,7 +211,15 @@ impl Tap {
 
     /// The queues, in the order of the queue pairs.
     pub fn queues(&self) -> Vec<TapQueue> {
-        self.queues.iter().map(|fd| TapQueue { fd: fd.clone() }).collect()
+        self.queues
+            .iter()
+            .map(|fd| {
+                let burst_ring = BurstRing::new(fd)
+                    .inspect_err(|error| tracing::warn!(%error, "{}: no ring for bursts", self.description))
+                    .ok();
+                TapQueue { fd: fd.clone(), burst_ring }
+            })
+            .collect()
     }
 
     /// Brings the interface up.
@@ -362,7 +378,42 @@ impl UplinkQueue for TapQueue {
         let sent = unsafe {
             libc::writev(self.fd.as_raw_fd(), frame.as_ptr().cast::<libc::iovec>(), frame.len() as _)
         };
-        if sent >= 0 { Ok(()) } else { Err(send_error()) }
+        if sent >= 0 { Ok(()) } else { Err(send_error(io::Error::last_os_error())) }
+    }
+
+    fn send_burst(&mut self, burst: &Burst<'_>, outcomes: &mut Vec<Result<(), SendError>>) {
+        let mut rest = burst.frames;
+        while let Some(ring) = self.burst_ring.as_mut().filter(|_| rest.len() > 1) {
+            let (now, later) = rest.split_at(rest.len().min(FRAMES_MAX));
+            match ring.write(&Burst { buffers: burst.buffers, frames: now }) {
+                Ok(results) => {
+                    // Frames at the end that found no room are offered again; one in the middle cannot be, those
+                    // after it have left already. (A tap's send buffer is unlimited, so neither happens.)
+                    let tried =
+                        results.iter().rposition(|result| *result != -libc::EAGAIN).map_or(0, |i| i + 1);
+                    outcomes.extend(results[..tried].iter().map(|result| outcome_of(*result)));
+                    if tried < results.len() {
+                        return;
+                    }
+                    rest = later;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                    tracing::warn!(
+                        "this kernel's tap takes no writes that must not wait: frames are written one by one"
+                    );
+                    self.burst_ring = None;
+                }
+                Err(error) => {
+                    tracing::error!(%error, "the ring for bursts is given up");
+                    self.burst_ring = None;
+                    rest = later;
+                    outcomes
+                        .extend(now.iter().map(|_| Err(SendError::Rejected(io::ErrorKind::Other.into()))));
+                }
+            }
+        }
+        let rest = Burst { buffers: burst.buffers, frames: rest };
+        send_each(&rest, outcomes, |frame| self.send(frame));
     }
 
     #[inline]
@@ -376,9 +427,18 @@ impl UplinkQueue for TapQueue {
     }
 }
 
+fn outcome_of(result: i32) -> Result<(), SendError> {
+    if result >= 0 {
+        return Ok(());
+    }
+    match send_error(io::Error::from_raw_os_error(-result)) {
+        SendError::Full => Err(SendError::Rejected(io::ErrorKind::WouldBlock.into())),
+        error => Err(error),
+    }
+}
+
 #[cold]
-fn send_error() -> SendError {
-    let error = io::Error::last_os_error();
+fn send_error(error: io::Error) -> SendError {
     match error.raw_os_error() {
         Some(libc::EAGAIN | libc::EINTR) => SendError::Full,
         Some(libc::EFAULT) => SendError::MemoryFault,
