@@ -20,7 +20,7 @@ pub const REQUIRE_ALL: &str = "VUN_REQUIRE_ALL";
 /// Environment variable: a file to which each skipped scenario appends `name: reason`.
 pub const SKIP_LIST: &str = "VUN_SKIP_LIST";
 
-/// Environment variable: set to anything, the folder with logs is kept when a scenario fails.
+/// Environment variable: set to 1, the folder with logs is kept when a scenario fails.
 const KEEP: &str = "VUN_KEEP";
 
 /// Lines of each log that are shown when a scenario fails.
@@ -105,7 +105,7 @@ pub fn scenario(name: &str, body: impl FnOnce(&Lab) -> Result<()>) {
     let outcome = catch_unwind(AssertUnwindSafe(|| body(&lab)));
     if !matches!(outcome, Ok(Ok(()))) {
         eprintln!("{}", lab.tails());
-        if std::env::var_os(KEEP).is_some() {
+        if std::env::var_os(KEEP).is_some_and(|v| v != "0") {
             eprintln!("logs are kept in {}", lab.keep().display());
         } else {
             eprintln!("(set {KEEP}=1 to keep the whole logs)");

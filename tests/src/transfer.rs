@@ -167,6 +167,9 @@ fn send(
     let mut chunk = vec![0; CHUNK];
     let (mut sent, started) = (0, Instant::now());
     while sent < limit && !is_stopped.load(Ordering::Relaxed) {
+        if is_dropped.load(Ordering::Relaxed) {
+            bail!("given up");
+        }
         let allowed = (started.elapsed().as_secs_f64() * rate as f64) as u64;
         if rate != u64::MAX && sent > allowed {
             std::thread::sleep(POLL_INTERVAL);
