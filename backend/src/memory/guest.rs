@@ -230,6 +230,14 @@ impl GuestMemory {
         }
     }
 
+    /// As [`Self::prefetch`], for a line that is going to be written.
+    #[inline]
+    pub fn prefetch_write(&self, gpa: u64) {
+        if let Ok(piece) = self.piece(gpa, 1) {
+            prefetch_line_write(piece.host);
+        }
+    }
+
     /// Calls `visit` for each piece of `len` bytes at `gpa`, in order; stops at the first error.
     #[inline(always)]
     fn for_each_piece(
@@ -328,6 +336,19 @@ pub(super) fn prefetch_line(at: NonNull<u8>) {
     // SAFETY: a prefetch does not fault and changes nothing.
     unsafe {
         std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.as_ptr().cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
+/// As `prefetch_line`, for ownership of the line. The intrinsic becomes a plain prefetch unless the build names a CPU that
+/// has PREFETCHW; the instruction itself does nothing on those that have not.
+#[inline(always)]
+fn prefetch_line_write(at: NonNull<u8>) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch does not fault and changes nothing.
+    unsafe {
+        std::arch::asm!("prefetchw [{}]", in(reg) at.as_ptr(), options(nostack, preserves_flags, readonly));
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = at;

@@ -29,6 +29,11 @@ pub const SPILL_BYTES: usize = 68 * 1024;
 const CHAINS_MAX: usize = 1024;
 /// Guest pieces that one frame may be received into: what a call takes, less the spill.
 const PIECES_MAX: usize = MAX_IOVECS - 1;
+/// How many chains ahead of the next one buffers are asked for.
+const AHEAD: u16 = 4;
+/// Link header and two VLAN tags, bytes.
+const LINK_BYTES: u64 = 14 + 8;
+
 /// What the driver has acknowledged, as far as the receive path cares.
 #[derive(Clone, Copy, Debug)]
 pub struct RxSettings {
@@ -36,6 +41,8 @@ pub struct RxSettings {
     pub header_len: usize,
     /// True if a frame may be spread over several chains (VIRTIO_NET_F_MRG_RXBUF).
     pub mergeable: bool,
+    /// True if frames may be larger than the MTU (segmentation offloads towards the guest).
+    pub large: bool,
 }
 
 impl RxSettings {
@@ -44,6 +51,7 @@ impl RxSettings {
         Self {
             header_len: features::header_len(acked),
             mergeable: features::has(acked, vn::VIRTIO_NET_F_MRG_RXBUF),
+            large: features::large_receive(acked),
         }
     }
 }
@@ -74,6 +82,8 @@ impl Default for Scratch {
 pub struct Receiver {
     /// Bytes the last frame took, header included: what to offer to the next.
     expect: u64,
+    /// The uplink had a frame longer than its MTU: buffers are never offered without the spill any more.
+    surprised: bool,
     held: Held,
 }
 
@@ -137,10 +147,15 @@ impl Receiver {
         if heads.is_empty() {
             return Ok(());
         }
+        // A single buffer that any frame fits into needs no spill, and so no list of buffers.
+        let frame_max = settings.header_len as u64 + u64::from(uplink.mtu()) + LINK_BYTES;
+        let alone = segments.len() == 1 && capacity > frame_max && !settings.large && !self.surprised;
         let received = {
             let iovecs = iovecs.begin();
             offer(memory, segments, iovecs).map(|()| {
-                iovecs.push_own_mut(spill);
+                if !alone {
+                    iovecs.push_own_mut(spill);
+                }
                 uplink.receive(iovecs.as_slice())
             })
         };
@@ -174,7 +189,9 @@ impl Receiver {
         };
         // Logged whatever becomes of the frame: the kernel has written there.
         mark_written(memory, segments, len.min(capacity));
-        if len > capacity && !settings.mergeable {
+        // Filled to the brim: somebody has raised the MTU, and this frame was cut off.
+        self.surprised |= alone && len == capacity;
+        if (len > capacity && !settings.mergeable) || (alone && len == capacity) {
             ring.unpop(1);
             counters.rx_dropped_too_long.add(1);
             return Ok(());
@@ -218,6 +235,7 @@ impl Receiver {
         heads.clear();
         let want = if context.settings.mergeable { self.expect.max(1) } else { 1 };
         let mut capacity = 0;
+        context.ring.prefetch_buffer(context.memory, AHEAD);
         while capacity < want && heads.len() < CHAINS_MAX {
             match take_chain(context, chain, heads.is_empty()) {
                 Ok(Taken::Chain)

@@ -132,6 +132,10 @@ pub trait Uplink: Send + Sync {
 pub trait UplinkQueue: Send {
     /// The descriptor that turns readable when a frame waits, if there is one.
     fn readable(&self) -> Option<&Arc<OwnedFd>>;
+    /// Largest layer-3 packet at the moment, bytes.
+    fn mtu(&self) -> u16 {
+        u16::MAX
+    }
     /// Sends one frame: virtio-net header (our own copy), then the Ethernet frame.
     ///
     /// # Errors

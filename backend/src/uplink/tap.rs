@@ -13,7 +13,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
 use std::time::Duration;
 use virtio_bindings::virtio_net as vn;
 
@@ -76,11 +76,14 @@ pub struct Tap {
     multi_queue: bool,
     capabilities: Capabilities,
     header_len: AtomicUsize,
+    /// As far as we know: others can change it, too.
+    mtu: Arc<AtomicU16>,
 }
 
 /// One queue of a [`Tap`].
 pub struct TapQueue {
     fd: Arc<OwnedFd>,
+    mtu: Arc<AtomicU16>,
     /// For bursts; without it (io_uring limits) frames are written one by one.
     burst_ring: Option<BurstRing>,
 }
@@ -197,8 +200,15 @@ impl Tap {
         let mtu = interface_mtu(&name, mtu)
             .map_err(|error| TapError::Call(name.clone(), "setting its MTU", error))?;
         let capabilities = Capabilities { offloads, mtu };
-        let tap =
-            Self { description, name, queues, multi_queue, capabilities, header_len: AtomicUsize::new(12) };
+        let tap = Self {
+            description,
+            name,
+            queues,
+            multi_queue,
+            capabilities,
+            header_len: AtomicUsize::new(12),
+            mtu: Arc::new(AtomicU16::new(mtu)),
+        };
         let format = FrameFormat { header_len: 12, features: 0 };
         tap.configure(format).map_err(|error| TapError::Call(tap.name.clone(), "TUNSETVNETHDRSZ", error))?;
         // Only the first queue takes part in the kernel's steering until the driver enables others.
@@ -217,7 +227,7 @@ impl Tap {
                 let burst_ring = BurstRing::new(fd)
                     .inspect_err(|error| tracing::warn!(%error, "{}: no ring for bursts", self.description))
                     .ok();
-                TapQueue { fd: fd.clone(), burst_ring }
+                TapQueue { fd: fd.clone(), mtu: self.mtu.clone(), burst_ring }
             })
             .collect()
     }
@@ -340,7 +350,9 @@ impl Uplink for Tap {
     }
 
     fn set_mtu(&self, mtu: u16) -> io::Result<()> {
-        interface_mtu(&self.name, Some(mtu)).map(drop)
+        let mtu = interface_mtu(&self.name, Some(mtu))?;
+        self.mtu.store(mtu, Ordering::Relaxed);
+        Ok(())
     }
 
     fn set_queue_active(&self, queue: u16, active: bool) -> io::Result<()> {
@@ -369,6 +381,10 @@ impl Uplink for Tap {
 impl UplinkQueue for TapQueue {
     fn readable(&self) -> Option<&Arc<OwnedFd>> {
         Some(&self.fd)
+    }
+
+    fn mtu(&self) -> u16 {
+        self.mtu.load(Ordering::Relaxed)
     }
 
     #[inline]
@@ -419,9 +435,13 @@ impl UplinkQueue for TapQueue {
     #[inline]
     fn receive(&mut self, buffers: &[IoVec<'_>]) -> Result<usize, ReceiveError> {
         // SAFETY: as above; the entries are memory that may be written (guest memory, or a buffer of ours
-        // that was borrowed mutably).
+        // that was borrowed mutably). One buffer goes without the list, which costs the kernel a copy and a check.
         let read = unsafe {
-            libc::readv(self.fd.as_raw_fd(), buffers.as_ptr().cast::<libc::iovec>(), buffers.len() as _)
+            let list = IoVec::as_raw(buffers);
+            match buffers.len() {
+                1 => libc::read(self.fd.as_raw_fd(), (*list).iov_base, (*list).iov_len),
+                n => libc::readv(self.fd.as_raw_fd(), list, n as _),
+            }
         };
         if read >= 0 { Ok(read as usize) } else { Err(receive_error()) }
     }

@@ -34,6 +34,8 @@ pub(crate) struct State {
     /// Answers to the next sends; none: they succeed.
     pub(crate) refuse: VecDeque<Refuse>,
     pub(crate) before_send: Option<Hook>,
+    /// The MTU it says it has.
+    pub(crate) mtu: Option<u16>,
     /// Calls of `receive`.
     pub(crate) receives: usize,
     /// What an empty inbox answers: `Down` instead of `Empty`.
@@ -76,6 +78,10 @@ impl FakeUplink {
 impl UplinkQueue for FakeUplink {
     fn readable(&self) -> Option<&Arc<OwnedFd>> {
         Some(&self.event)
+    }
+
+    fn mtu(&self) -> u16 {
+        self.state().mtu.unwrap_or(u16::MAX)
     }
 
     fn send(&mut self, frame: &[IoVec<'_>]) -> Result<(), SendError> {

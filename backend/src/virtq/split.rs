@@ -376,6 +376,8 @@ fn event_passed(event: u16, new: u16, old: u16) -> bool {
 
 /// For [`SplitQueue::prefetch`]: chains to look ahead at most.
 const PREFETCH_MAX: u16 = 32;
+/// A cache line, as far as prefetching goes, bytes.
+const LINE_BYTES: u64 = 64;
 
 impl SplitQueue {
     /// Asks the CPU for the descriptors of the next `n` chains known to be available, as a hint before a burst of pops.
@@ -387,6 +389,23 @@ impl SplitQueue {
             return;
         };
         prefetch_descriptors(ring, self.next_avail, n.min(known).min(PREFETCH_MAX));
+    }
+
+    /// Asks the CPU for the first lines of the buffer of the chain that is `ahead` places behind the next, which is going
+    /// to be written. What it reads serves the hint only.
+    #[inline]
+    pub fn prefetch_buffer(&mut self, mem: &GuestMemory, ahead: u16) {
+        let known = self.avail_cached.wrapping_sub(self.next_avail);
+        if ahead >= known {
+            return;
+        }
+        let Ok(ring) = self.ring.access() else { return };
+        let head = ring.avail_head(self.next_avail.wrapping_add(ahead));
+        if let Some(descriptor) = ring.descriptor(head) {
+            let addr = descriptor.addr().0;
+            mem.prefetch_write(addr);
+            mem.prefetch_write(addr.wrapping_add(LINE_BYTES));
+        }
     }
 }
 

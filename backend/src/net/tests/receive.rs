@@ -202,3 +202,23 @@ fn a_burst_has_a_budget_of_frames_and_bytes() {
     assert!(matches!(rig.receive(), End::Budget));
     assert_eq!(u64::from(rig.driver.used_idx()), BURST_BYTES.div_ceil(large as u64));
 }
+
+/// A buffer that any frame of the uplink's MTU fits into is offered alone. If somebody raises the MTU, the first longer
+/// frame is lost (nobody knows how long it was), and from then on all are whole.
+#[test]
+fn a_raised_mtu_costs_one_frame() {
+    let mut rig = Rig::new(8, 12, true);
+    rig.uplink.state().mtu = Some(1500);
+    for _ in 0..6 {
+        rig.buffer(&[2048]);
+    }
+    let longest = frame(12, 1, 1522);
+    let longer = frame(12, 2, 2100);
+    rig.uplink.deliver(longest.clone());
+    rig.uplink.deliver(longer.clone());
+    rig.uplink.deliver(longer.clone());
+    rig.uplink.deliver(longest.clone());
+    rig.receive();
+    assert_eq!(rig.frames(), [(longest.clone(), 1), (longer, 2), (longest, 1)]);
+    assert_eq!(rig.counts().rx_dropped_too_long, 1);
+}

@@ -56,7 +56,7 @@ impl Rig {
             uplink: FakeUplink::new(),
             counters: PairCounters::default(),
             receiver: Receiver::default(),
-            rx: RxSettings { header_len, mergeable },
+            rx: RxSettings { header_len, mergeable, large: false },
             tx: TxSettings { features: 0, header_len, enabled: true },
             scratch: Scratch::default(),
             scratch_tx: tx::Scratch::default(),
