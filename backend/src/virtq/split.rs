@@ -376,6 +376,8 @@ fn event_passed(event: u16, new: u16, old: u16) -> bool {
 
 /// For [`SplitQueue::prefetch`]: chains to look ahead at most.
 const PREFETCH_MAX: u16 = 32;
+/// How far before a buffer its descriptor is asked for, chains.
+const DESCRIPTORS_AHEAD: u16 = 8;
 /// A cache line, as far as prefetching goes, bytes.
 const LINE_BYTES: u64 = 64;
 
@@ -392,7 +394,8 @@ impl SplitQueue {
     }
 
     /// Asks the CPU for the first lines of the buffer of the chain that is `ahead` places behind the next, which is going
-    /// to be written. What it reads serves the hint only.
+    /// to be written, and for the descriptor of one further behind, whose turn comes next. What it reads serves the
+    /// hint only.
     #[inline]
     pub fn prefetch_buffer(&mut self, mem: &GuestMemory, ahead: u16) {
         let known = self.avail_cached.wrapping_sub(self.next_avail);
@@ -400,7 +403,11 @@ impl SplitQueue {
             return;
         }
         let Ok(ring) = self.ring.access() else { return };
-        let head = ring.avail_head(self.next_avail.wrapping_add(ahead));
+        let at = self.next_avail.wrapping_add(ahead);
+        if ahead + DESCRIPTORS_AHEAD < known {
+            ring.prefetch_descriptor(ring.avail_head(at.wrapping_add(DESCRIPTORS_AHEAD)));
+        }
+        let head = ring.avail_head(at);
         if let Some(descriptor) = ring.descriptor(head) {
             let addr = descriptor.addr().0;
             mem.prefetch_write(addr);
