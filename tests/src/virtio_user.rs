@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::backend::{Backend, BackendConfig};
+use crate::backend::{Backend, BackendConfig, is_ours};
 use crate::netns::NetNs;
 use crate::scenario::Lab;
 use crate::testpmd::{PortStats, Testpmd, TestpmdConfig};
@@ -31,6 +31,8 @@ pub struct Wiring {
     pub mergeable: bool,
     /// MTU of the tap.
     pub mtu: u16,
+    /// Worker threads of the back-end (DPDK as back-end has one in any case).
+    pub workers: u16,
 }
 
 /// Everything running: testpmd on a back-end on a tap.
@@ -63,7 +65,11 @@ impl VirtioUser {
             Ok(())
         })?;
         let socket = lab.path("vhost");
-        let config = BackendConfig { queue_pairs: wiring.queue_pairs, ..BackendConfig::tap(&socket, TAP) };
+        let mut config =
+            BackendConfig { queue_pairs: wiring.queue_pairs, ..BackendConfig::tap(&socket, TAP) };
+        if wiring.workers > 1 && is_ours() {
+            config.extra.push(format!("--workers={}", wiring.workers));
+        }
         netns.add_tap(TAP, config.wants_multi_queue(), None)?;
         let link = Link::named(TAP);
         netns.run(|| link.set_mtu(wiring.mtu))?;

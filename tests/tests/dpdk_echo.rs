@@ -22,9 +22,9 @@ fn frames(sizes: &[usize]) -> Vec<Vec<u8>> {
     (0..FRAMES).map(make).collect()
 }
 
-fn echo(name: &str, queue_pairs: u16, mergeable: bool, mtu: u16, sizes: &[usize]) {
+fn echo(name: &str, wiring: Wiring, sizes: &[usize]) {
     scenario(name, |lab| {
-        let mut rig = VirtioUser::start(lab, Wiring { queue_pairs, mergeable, mtu })?;
+        let mut rig = VirtioUser::start(lab, wiring)?;
         // A machine that is busy with other things must not make the tap overflow.
         rig.set_queue_len(FRAMES as u32)?;
         no_loss(&mut rig, &frames(sizes))?;
@@ -52,22 +52,33 @@ fn no_loss(rig: &mut VirtioUser, frames: &[Vec<u8>]) -> Result<()> {
 
 #[test]
 fn dpdk_echo_one_pair() {
-    echo("dpdk_echo_one_pair", 1, true, 1500, &SIZES);
+    let wiring = Wiring { queue_pairs: 1, mergeable: true, mtu: 1500, workers: 1 };
+    echo("dpdk_echo_one_pair", wiring, &SIZES);
 }
 
 #[test]
 fn dpdk_echo_one_pair_without_mergeable() {
-    echo("dpdk_echo_one_pair_without_mergeable", 1, false, 1500, &SIZES);
+    let wiring = Wiring { queue_pairs: 1, mergeable: false, mtu: 1500, workers: 1 };
+    echo("dpdk_echo_one_pair_without_mergeable", wiring, &SIZES);
 }
 
 #[test]
 fn dpdk_echo_four_pairs() {
-    echo("dpdk_echo_four_pairs", 4, true, 1500, &SIZES);
+    let wiring = Wiring { queue_pairs: 4, mergeable: true, mtu: 1500, workers: 1 };
+    echo("dpdk_echo_four_pairs", wiring, &SIZES);
 }
 
 #[test]
 fn dpdk_echo_four_pairs_without_mergeable() {
-    echo("dpdk_echo_four_pairs_without_mergeable", 4, false, 1500, &SIZES);
+    let wiring = Wiring { queue_pairs: 4, mergeable: false, mtu: 1500, workers: 1 };
+    echo("dpdk_echo_four_pairs_without_mergeable", wiring, &SIZES);
+}
+
+/// Queue pairs on threads of their own, which hear from the first by MSG_RING.
+#[test]
+fn dpdk_echo_four_pairs_on_three_workers() {
+    let wiring = Wiring { queue_pairs: 4, mergeable: true, mtu: 1500, workers: 3 };
+    echo("dpdk_echo_four_pairs_on_three_workers", wiring, &SIZES);
 }
 
 /// Frames that need several of the driver's 2 KiB buffers.
@@ -77,7 +88,8 @@ fn dpdk_echo_jumbo_over_several_buffers() {
         eprintln!("skipped: net_tap of DPDK 22.11 moves no frame that is longer than one of its buffers");
         return;
     }
-    echo("dpdk_echo_jumbo_over_several_buffers", 1, true, JUMBO_MTU, &JUMBO_SIZES);
+    let wiring = Wiring { queue_pairs: 1, mergeable: true, mtu: JUMBO_MTU, workers: 1 };
+    echo("dpdk_echo_jumbo_over_several_buffers", wiring, &JUMBO_SIZES);
 }
 
 /// As fast as the machine can: what the tap had no room for is lost and counted there, the rest arrives whole and
@@ -85,7 +97,8 @@ fn dpdk_echo_jumbo_over_several_buffers() {
 #[test]
 fn dpdk_echo_overload() {
     scenario("dpdk_echo_overload", |lab| {
-        let mut rig = VirtioUser::start(lab, Wiring { queue_pairs: 1, mergeable: true, mtu: 1500 })?;
+        let mut rig =
+            VirtioUser::start(lab, Wiring { queue_pairs: 1, mergeable: true, mtu: 1500, workers: 1 })?;
         let before = rig.tap()?;
         let frames = frames(&SIZES);
         let echo = rig.echo(&frames, u64::from(u32::MAX))?;

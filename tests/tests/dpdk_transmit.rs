@@ -10,9 +10,9 @@ const QUIET: Duration = Duration::from_millis(300);
 /// testpmd's frames are UDP from and to this port.
 const PORT: u16 = 9;
 
-fn transmit(name: &str, queue_pairs: u16, mergeable: bool) {
+fn transmit(name: &str, queue_pairs: u16, mergeable: bool, workers: u16) {
     scenario(name, |lab| {
-        let mut rig = VirtioUser::start(lab, Wiring { queue_pairs, mergeable, mtu: 1500 })?;
+        let mut rig = VirtioUser::start(lab, Wiring { queue_pairs, mergeable, mtu: 1500, workers })?;
         for bytes in [64, 1500, 333] {
             moment(&mut rig, bytes)?;
         }
@@ -42,20 +42,26 @@ fn moment(rig: &mut VirtioUser, bytes: usize) -> Result<()> {
 
 #[test]
 fn dpdk_transmit_one_pair() {
-    transmit("dpdk_transmit_one_pair", 1, true);
+    transmit("dpdk_transmit_one_pair", 1, true, 1);
 }
 
 #[test]
 fn dpdk_transmit_one_pair_without_mergeable() {
-    transmit("dpdk_transmit_one_pair_without_mergeable", 1, false);
+    transmit("dpdk_transmit_one_pair_without_mergeable", 1, false, 1);
 }
 
 #[test]
 fn dpdk_transmit_four_pairs() {
-    transmit("dpdk_transmit_four_pairs", 4, true);
+    transmit("dpdk_transmit_four_pairs", 4, true, 1);
 }
 
 #[test]
 fn dpdk_transmit_four_pairs_without_mergeable() {
-    transmit("dpdk_transmit_four_pairs_without_mergeable", 4, false);
+    transmit("dpdk_transmit_four_pairs_without_mergeable", 4, false, 1);
+}
+
+/// Queue pairs on threads of their own, which hear from the first by MSG_RING.
+#[test]
+fn dpdk_transmit_four_pairs_on_three_workers() {
+    transmit("dpdk_transmit_four_pairs_on_three_workers", 4, true, 3);
 }
