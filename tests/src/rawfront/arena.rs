@@ -84,14 +84,14 @@ impl Arena {
     }
 
     /// See [`Backend::complaints`].
-    pub fn complaints(&self) -> u64 {
+    pub fn complaints(&self) -> Result<u64> {
         self.backend.complaints(BAD)
     }
 
-    /// The log has more against the bad port than `before`. Close the connection first: see [`Backend::complaints`].
+    /// The back-end counts more against the bad port than `before`.
     pub fn check_reported(&self, before: u64) -> Result<()> {
         ensure!(
-            eventually(PATIENCE, || self.complaints() > before),
+            eventually(PATIENCE, || self.complaints().is_ok_and(|now| now > before)),
             "nothing was reported against {BAD}:\n{}",
             self.backend.log_text()
         );
