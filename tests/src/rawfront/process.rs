@@ -190,6 +190,13 @@ impl Backend {
         answers().1.context("counters")
     }
 
+    /// Whether the log has anything against a port: a warning, or the end of a connection with such counters.
+    pub fn has_reported(&self, port: &str) -> bool {
+        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lines = log.iter().filter(|line| line.contains(port) && !is_asked_for(line));
+        lines.any(|line| line.contains("WARN") || line.contains("ERROR") || counted_against(line) > 0)
+    }
+
     fn id(&self) -> Pid {
         Pid::from_raw(self.pid() as i32)
     }
