@@ -51,7 +51,7 @@ fn wrong_kinds_of_ring_fds() -> Result<()> {
     files.push(("memfd", memfd_create("not an eventfd", MFdFlags::MFD_CLOEXEC)?));
     for request in RING_FD_MESSAGES {
         for (kind, file) in &files {
-            let before = arena.complaints();
+            let before = arena.complaints()?;
             let front = arena.bad_up()?;
             front
                 .refused(request, &1u64.to_ne_bytes(), &[file.as_raw_fd()])
@@ -81,7 +81,7 @@ fn wrong_kinds_of_memory_log_and_channel_fds() -> Result<()> {
         let cases =
             [(msg::ADD_MEM_REG, mem_reg(region)), (msg::SET_MEM_TABLE, table), (msg::SET_LOG_BASE, log)];
         for (request, payload) in &cases {
-            let before = arena.complaints();
+            let before = arena.complaints()?;
             let front = arena.bad_negotiated()?;
             front.refused(*request, payload, &fd).with_context(|| format!("{kind} in message {request}"))?;
             drop(front);
@@ -176,7 +176,7 @@ fn a_call_eventfd_at_its_maximum() -> Result<()> {
 #[test]
 fn an_error_eventfd_at_its_maximum() -> Result<()> {
     let mut arena = Arena::new()?;
-    let before = arena.complaints();
+    let before = arena.complaints()?;
     let mut front = arena.bad_up()?;
     let err = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?;
     err.write(u64::MAX - 1)?;

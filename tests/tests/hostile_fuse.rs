@@ -26,7 +26,7 @@ fn memory_on_fuse() -> Result<()> {
     for (request, payload) in
         [(msg::ADD_MEM_REG, mem_reg(region)), (msg::SET_MEM_TABLE, mem_table(&[region]))]
     {
-        let before = arena.complaints();
+        let before = arena.complaints()?;
         let front = arena.bad_negotiated()?;
         front.refused(request, &payload, &[file.as_raw_fd()])?;
         drop(front);

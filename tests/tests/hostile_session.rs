@@ -17,7 +17,7 @@ const NEED_REPLY: u32 = flag::VERSION | flag::NEED_REPLY;
 #[test]
 fn unknown_messages_are_refused_and_the_session_goes_on() -> Result<()> {
     let mut arena = Arena::new()?;
-    let before = arena.complaints();
+    let before = arena.complaints()?;
     let mut front = arena.bad_up()?;
     for request in [0, 26, 27, 33, 44, 99, 255, 0x8000_0000, u32::MAX] {
         for payload in [&[][..], &[0; 8], &[0xff; 40], &[0; 4096]] {
@@ -45,7 +45,7 @@ fn oversized_and_malformed_headers_end_the_connection() -> Result<()> {
         ("a reply", Wire::encode(msg::SET_VRING_NUM, VERSION | flag::REPLY, &good_size)),
     ];
     for (case, bytes) in cases {
-        let before = arena.complaints();
+        let before = arena.complaints()?;
         let front = arena.bad_up()?;
         front.wire.send_raw(bytes, &[])?;
         ensure!(front.wire.is_closed_within(PATIENCE), "{case}: the connection is still open");
@@ -60,7 +60,7 @@ fn oversized_and_malformed_headers_end_the_connection() -> Result<()> {
 #[test]
 fn every_message_with_wrong_sizes_and_fds() -> Result<()> {
     let mut arena = Arena::new()?;
-    let before = arena.complaints();
+    let before = arena.complaints()?;
     let event = EventFd::new()?;
     let fds = [event.as_raw_fd(); 3];
     let mut connections = 0;
@@ -171,7 +171,7 @@ fn hundreds_of_messages_in_one_write() -> Result<()> {
 #[test]
 fn fds_in_the_middle_of_a_message() -> Result<()> {
     let mut arena = Arena::new()?;
-    let before = arena.complaints();
+    let before = arena.complaints()?;
     let event = EventFd::new()?;
     for cut in [1, 11, 12, 19] {
         let front = arena.bad_up()?;
@@ -283,7 +283,7 @@ fn ring_numbers_and_values_beyond_the_limits() -> Result<()> {
         cases.push((msg::NET_SET_MTU, mtu.to_ne_bytes().to_vec(), false));
     }
     for (request, payload, with_fd) in &cases {
-        let before = arena.complaints();
+        let before = arena.complaints()?;
         let front = arena.bad_negotiated()?;
         front
             .refused(*request, payload, if *with_fd { &event } else { &[] })

@@ -130,7 +130,7 @@ fn show(lab: &Lab) -> Result<()> {
     story.note(
         "migration",
         format!(
-            "{:.1} s in all, the guest stood still for {} ms; {} MB sent, {} looks at the dirty log",
+            "{:.1} s in all, the guest stood still for {} ms; {} MB sent in {} passes over its memory",
             moved.total_ms as f64 / 1e3,
             moved.downtime_ms,
             moved.transferred / 1_000_000,

@@ -7,7 +7,7 @@
 use super::fds;
 use crate::config;
 use crate::reactor::{Incoming, OpId, Outgoing, Reactor, close_late};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, getsockopt, socket, sockopt};
+use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, getsockopt, shutdown, socket, sockopt};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -217,6 +217,10 @@ impl Connection {
         if fds::has_unread(&self.socket)
             && let Ok(copy) = self.socket.try_clone()
         {
+            if self.sending.is_none() {
+                // The peer need not wait for that to see the end.
+                let _ = shutdown(copy.as_raw_fd(), Shutdown::Write);
+            }
             close_late(copy);
         }
     }
@@ -225,6 +229,24 @@ impl Connection {
 impl Drop for Connection {
     fn drop(&mut self) {
         // A read under way keeps the file alive; this ends it.
-        let _ = nix::sys::socket::shutdown(self.socket.as_raw_fd(), nix::sys::socket::Shutdown::Read);
+        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Read);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+
+    /// A socket with messages that nobody has read is closed late, but its peer need not wait.
+    #[test]
+    fn the_peer_sees_the_end_at_once() {
+        let mut reactor: Reactor<()> = Reactor::new().unwrap();
+        let (ours, mut peer) = UnixStream::pair().unwrap();
+        let connection = Connection::new(ours.into(), 0);
+        peer.write_all(b"never read").unwrap();
+        peer.set_nonblocking(true).unwrap();
+        connection.end(&mut reactor);
+        assert_eq!(peer.read(&mut [0; 8]).unwrap(), 0);
     }
 }

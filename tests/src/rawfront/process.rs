@@ -3,6 +3,8 @@
 
 use super::PATIENCE;
 use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -65,14 +67,11 @@ impl Backend {
 
     fn start(folder: tempfile::TempDir, args: &[String]) -> Result<Self> {
         let program = crate::backend_binary()?;
+        let mut command = Command::new(&program);
+        command.args(args).env_remove("RUST_LOG").stdin(Stdio::null()).stderr(Stdio::piped());
+        // By this very thread: the child gets its network namespace.
         let starting = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut child = Command::new(&program)
-            .args(args)
-            .env_remove("RUST_LOG")
-            .stdin(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .with_context(|| format!("start {}", program.display()))?;
+        let mut child = command.spawn().with_context(|| format!("start {}", program.display()))?;
         drop(starting);
         let stderr = child.stderr.take().context("stderr")?;
         let log = Arc::new(Mutex::new(Vec::new()));
@@ -168,27 +167,44 @@ impl Backend {
         Ok(())
     }
 
-    /// The log so far.
+    /// The log so far, without the counters that a test has asked for.
     pub fn log_text(&self) -> String {
-        self.log.lock().unwrap_or_else(PoisonError::into_inner).join("\n")
+        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        log.iter().filter(|line| !is_asked_for(line)).map(String::as_str).collect::<Vec<_>>().join("\n")
     }
 
-    /// How much the log has against a port: warnings, and what the port's last summary counts as refused (warnings
-    /// have a rate limit, and bad frames are only counted). Summaries are written when connections end.
-    pub fn complaints(&self, port: &str) -> u64 {
+    /// How much the back-end counts against a port: refused messages, failed connections, bad chains and frames.
+    ///
+    /// Log lines have rate limits; the counters have none. They are asked for with SIGUSR1.
+    pub fn complaints(&self, port: &str) -> Result<u64> {
+        let answers = || {
+            let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut lines = log.iter().filter(|line| is_asked_for(line) && line.contains(port));
+            let last = lines.next_back().map(|line| counted_against(line));
+            (lines.count() + usize::from(last.is_some()), last)
+        };
+        let (before, _) = answers();
+        kill(self.id(), Signal::SIGUSR1)?;
+        let answered = eventually(PATIENCE, || answers().0 > before);
+        ensure!(answered, "SIGUSR1 was not answered:\n{}", self.log_text());
+        answers().1.context("counters")
+    }
+
+    /// Whether the log has anything against a port: a warning, or the end of a connection with such counters.
+    pub fn has_reported(&self, port: &str) -> bool {
         let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
-        let lines = || log.iter().filter(|line| line.contains(port));
-        let warnings = lines().filter(|l| l.contains("WARN") || l.contains("ERROR")).count();
-        let summary = lines().filter(|l| l.contains("INFO")).map(|l| counted_against(l)).max();
-        warnings as u64 + summary.unwrap_or(0)
+        let mut lines = log.iter().filter(|line| line.contains(port) && !is_asked_for(line));
+        lines.any(|line| line.contains("WARN") || line.contains("ERROR") || counted_against(line) > 0)
+    }
+
+    fn id(&self) -> Pid {
+        Pid::from_raw(self.pid() as i32)
     }
 
     /// Ends the process by SIGTERM and returns how it ended.
     pub fn terminate(&mut self) -> Result<ExitStatus> {
-        use nix::sys::signal::{Signal, kill};
-        use nix::unistd::Pid;
         if self.child.try_wait()?.is_none() {
-            kill(Pid::from_raw(self.pid() as i32), Signal::SIGTERM)?;
+            kill(self.id(), Signal::SIGTERM)?;
         }
         let mut status = None;
         let ended = eventually(PATIENCE, || {
@@ -198,6 +214,11 @@ impl Backend {
         ensure!(ended, "the back-end does not end after SIGTERM:\n{}", self.log_text());
         status.context("status")
     }
+}
+
+/// Whether a line is an answer to SIGUSR1 (the end of a connection is reported by another module).
+fn is_asked_for(line: &str) -> bool {
+    line.contains("port::control: ")
 }
 
 /// The sum of those counters in a summary line that speak of something refused.
