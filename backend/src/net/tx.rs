@@ -162,7 +162,8 @@ fn take(
             // The driver wrote header and frame a moment ago: their lines are in another core's cache.
             if let Some(first) = pieces.get(start) {
                 memory.prefetch(first.gpa);
-                memory.prefetch(first.gpa + u64::from(first.len.saturating_sub(1)).min(LINE));
+                // Not checked yet: the guest may have given any address.
+                memory.prefetch(first.gpa.wrapping_add(u64::from(first.len.saturating_sub(1)).min(LINE)));
             }
             if let Some(second) = pieces.get(start + 1) {
                 memory.prefetch(second.gpa);
