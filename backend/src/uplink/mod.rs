@@ -10,6 +10,7 @@
 mod burst_ring;
 pub mod null;
 pub mod tap;
+mod tap_queue;
 #[cfg(test)]
 mod tap_tests;
 #[cfg(test)]
