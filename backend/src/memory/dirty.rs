@@ -1,6 +1,7 @@
 //! The dirty log of a precopy migration source: one bit per 4 KiB guest page, in memory shared with the front-end
 //! (vhost-user: Migration). Which writes are to be logged is decided elsewhere; here they are marked.
 
+use nix::unistd::{Whence, lseek};
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering, fence};
@@ -11,19 +12,27 @@ use super::mapping::SharedMap;
 /// Bytes of guest memory per bit of the log, whatever the page sizes of host and guest are.
 pub const LOG_PAGE_SIZE: u64 = 4096;
 
+/// Bytes of a log at most: enough for a guest of 32 TiB.
+pub const LOG_BYTES_MAX: u64 = 1 << 30;
+
 /// The log of SET_LOG_BASE, mapped. Unmapped on drop, on the control helper thread.
 #[derive(Debug)]
 pub struct DirtyLog {
     map: SharedMap,
     /// Bytes of the log; the mapping may be longer.
     size: u64,
+    /// Where it begins in its file.
+    offset: u64,
     beyond: AtomicU64,
 }
 
 impl DirtyLog {
     /// Maps `size` bytes of `fd` at `offset`, with the same checks as a memory region. May sleep.
     pub fn new(fd: OwnedFd, size: u64, offset: u64) -> Result<Self, MapError> {
-        Ok(Self { map: SharedMap::new(fd, offset, size)?, size, beyond: AtomicU64::new(0) })
+        if size > LOG_BYTES_MAX {
+            return Err(MapError::LogTooLarge { size, max: LOG_BYTES_MAX });
+        }
+        Ok(Self { map: SharedMap::new(fd, offset, size)?, size, offset, beyond: AtomicU64::new(0) })
     }
 
     /// Marks the pages of `len` bytes at guest-physical `gpa`. Call it **after** the write: a front-end that clears
@@ -54,17 +63,33 @@ impl DirtyLog {
         }
     }
 
-    /// Marks everything that is marked in `old`, a log that this one replaces and that nobody writes any more.
+    /// Marks everything that is marked in `old`, a log that this one replaces and that nobody writes any more. Takes its
+    /// time with a large log: control helper thread only.
     pub fn absorb(&self, old: &DirtyLog) {
-        let pages_per_byte = 8;
-        for index in 0..old.size.min(self.size) {
-            let page = index * pages_per_byte;
-            let (Some(from), Some(to)) = (old.byte(page), self.byte(page)) else { return };
-            let bits = from.load(Ordering::Acquire);
-            if bits != 0 {
-                to.fetch_or(bits, Ordering::Release);
+        let end = old.size.min(self.size);
+        let mut index = 0;
+        // Holes are skipped: there is nothing in them, and a look would fill them with pages.
+        while let Some(data) = old.data_from(index).filter(|data| data.start < end) {
+            index = data.end.max(data.start + 1);
+            for byte in data.start..data.end.min(end) {
+                let (Some(from), Some(to)) = (old.byte(byte * 8), self.byte(byte * 8)) else { return };
+                let bits = from.load(Ordering::Acquire);
+                if bits != 0 {
+                    to.fetch_or(bits, Ordering::Release);
+                }
             }
         }
+    }
+
+    /// The next bytes of the log, from `index` on, that its file has.
+    fn data_from(&self, index: u64) -> Option<std::ops::Range<u64>> {
+        let at = |from: u64, whence| {
+            let found = lseek(self.map.file(), i64::try_from(from).ok()?, whence).ok()?;
+            u64::try_from(found).ok()
+        };
+        let start = at(self.offset + index, Whence::SeekData)?;
+        let end = at(start, Whence::SeekHole)?;
+        Some(start.checked_sub(self.offset)?..end.checked_sub(self.offset)?)
     }
 
     /// Pages that were written but lie beyond the log; not 0 means the front-end made it too small.

@@ -36,6 +36,14 @@ pub enum MapError {
         /// Bytes it would need.
         needed: u64,
     },
+    /// A dirty log larger than any guest's.
+    #[error("a dirty log of {size:#x} bytes; {max:#x} are enough for any guest")]
+    LogTooLarge {
+        /// Bytes asked for.
+        size: u64,
+        /// Bytes allowed.
+        max: u64,
+    },
     /// The process-wide table of mappings is full ([`super::sigbus::MAX_LIVE_MAPPINGS`]).
     #[error("too many mappings in this process")]
     TooManyMappings,

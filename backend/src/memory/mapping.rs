@@ -85,6 +85,11 @@ impl SharedMap {
         self.addr
     }
 
+    /// The file.
+    pub(super) fn file(&self) -> &OwnedFd {
+        &self.file
+    }
+
     /// Page size of the file, bytes.
     pub(super) fn page_size(&self) -> u64 {
         self.page_size

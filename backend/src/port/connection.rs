@@ -209,7 +209,8 @@ impl Connection {
 
 impl Connection {
     /// Ends the connection: what is being sent may still go out if the peer takes it at once.
-    pub fn end<T: Copy>(self, reactor: &mut Reactor<T>) {
+    /// True if the socket was left to a thread that may wait.
+    pub fn end<T: Copy>(self, reactor: &mut Reactor<T>) -> bool {
         if let Some(op) = self.sending {
             reactor.cancel(op);
         }
@@ -222,7 +223,9 @@ impl Connection {
                 let _ = shutdown(copy.as_raw_fd(), Shutdown::Write);
             }
             close_late(copy);
+            return true;
         }
+        false
     }
 }
 

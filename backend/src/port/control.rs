@@ -312,7 +312,12 @@ impl Control {
         let port = &mut self.ports[id];
         while port.plan.waiting == 0 {
             match port.plan.next() {
-                None => return true,
+                None => {
+                    if let Some(log) = port.unneeded_log() {
+                        self.helper.submit(port.id, Job::Release(Box::new(log)));
+                    }
+                    return true;
+                }
                 Some(PlanStep::Job(job)) => {
                     port.plan.waiting = usize::from(!matches!(job, Job::Release(_)));
                     self.helper.submit(port.id, job);
@@ -410,7 +415,7 @@ impl Control {
         self.epochs[id] = self.epochs[id].wrapping_add(1);
         let port = &mut self.ports[id];
         if let Some(connection) = port.connection.take() {
-            connection.end(reactor);
+            port.brought_strangers |= connection.end(reactor);
         }
         port.session = None;
         let summary = port.summary();

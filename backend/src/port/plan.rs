@@ -54,6 +54,8 @@ pub(crate) struct Plan {
     mapping: MapFor,
     /// The ring that is being started: if that fails, its pair leaves the steering again.
     starting: Option<u16>,
+    /// The dirty log goes when the plan is through.
+    drop_log: bool,
     /// What to go back to if SET_FEATURES fails.
     log_on_before: Option<bool>,
     pub(crate) outcome: Option<Outcome>,
@@ -195,12 +197,17 @@ impl Port {
             .collect();
         self.push(Step::Pairs(commands));
         // The migration is over (or has failed): the next one brings a log of its own.
-        if !log_all && self.plan.log_on_before == Some(true) {
-            self.check_log();
-            if let Some(log) = self.log.take() {
-                self.push(release(log));
-            }
+        self.plan.drop_log = !log_all && self.plan.log_on_before == Some(true);
+    }
+
+    /// The log, if the effect that has just ended leaves it without a use. No pair uses it any more.
+    pub(crate) fn unneeded_log(&mut self) -> Option<Arc<crate::memory::DirtyLog>> {
+        let plan = &mut self.plan;
+        if !std::mem::take(&mut plan.drop_log) || plan.purpose != Purpose::Effect || plan.outcome.is_some() {
+            return None;
         }
+        self.check_log();
+        self.log.take()
     }
 
     /// Tells the uplink what frames look like, where that changes.
@@ -283,9 +290,10 @@ impl Port {
 
     /// A job or command failed.
     pub(crate) fn failed(&mut self, why: String) {
+        // Whatever the uplink was told, it may not have heard.
+        self.format = None;
         if self.plan.purpose == Purpose::Effect {
             self.plan.refuse(why);
-            self.format = None;
             if let Some(index) = self.plan.starting.take() {
                 self.steer(index, false);
             }

@@ -23,6 +23,8 @@ const NOBODY: u64 = u64::MAX - 1;
 const WAKE: u64 = (u64::MAX - 1) << 32 | 1 << 31;
 /// Set in the user_data of a request to cancel an operation; the rest is that operation's. MAIL and NOBODY have it too.
 const CANCEL: u64 = 1 << 31;
+/// Generations stay below those of the numbers above, whatever bits are set beside them.
+const GENERATION_MAX: u32 = 0x7fff_ffff;
 /// How often a closing reactor looks for the completions of what it cancelled before it leaks the rest.
 const DRAIN_ROUNDS: usize = 100;
 
@@ -208,7 +210,7 @@ impl<T: Copy> Reactor<T> {
     }
 
     fn start(&mut self, entry: squeue::Entry, token: T, body: Body, fd: Option<&Arc<OwnedFd>>) -> OpId {
-        self.generation = self.generation.wrapping_add(1);
+        self.generation = self.generation.wrapping_add(1) & GENERATION_MAX;
         let generation = self.generation;
         let key = self.ops.insert(InFlight { token, generation, body, _fd: fd.cloned() });
         // Bit 31 is clear in every operation's id, and set in MAIL, NOBODY and WAKE.
@@ -283,14 +285,17 @@ impl<T: Copy> Reactor<T> {
             if id == NOBODY {
                 continue;
             }
+            if id & !0x7fff_ffff == WAKE {
+                // Any other error: the other worker has ended, and needs no waking.
+                if matches!(-cqe.result(), libc::ENOMEM | libc::EOVERFLOW | libc::EAGAIN) {
+                    failed_wakes.push((id & 0x7fff_ffff) as RawFd);
+                }
+                continue;
+            }
             if id & CANCEL != 0 {
                 if cqe.result() == -libc::EALREADY {
                     self.cancel_again.push(id & !CANCEL);
                 }
-                continue;
-            }
-            if id & !0x7fff_ffff == WAKE {
-                failed_wakes.push((id & 0x7fff_ffff) as RawFd);
                 continue;
             }
             let key = (id & 0x7fff_ffff) as usize;

@@ -11,13 +11,13 @@
 #![forbid(unsafe_code)]
 
 use nix::fcntl::{FcntlArg, fcntl, readlink};
-use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockaddrLike, SockaddrStorage, getsockname, recv};
 use nix::unistd::{close, pipe};
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread::Builder;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Threads that close strangers at the same time; more strangers wait until one of these is through.
 const CLOSERS_MAX: usize = 4;
@@ -33,7 +33,8 @@ struct Waiting {
     /// Threads, busy and idle. They stay: starting one for each stranger would cost more than it is worth.
     closers: usize,
     idle: usize,
-    queue: VecDeque<(RawFd, Duration)>,
+    /// Descriptors to be closed, each not before its time.
+    queue: VecDeque<(RawFd, Instant)>,
 }
 
 static WAITING: Mutex<Waiting> = Mutex::new(Waiting { closers: 0, idle: 0, queue: VecDeque::new() });
@@ -44,10 +45,15 @@ static ARRIVED: Condvar = Condvar::new();
 ///
 /// `strangers` is increased if it is a stranger.
 pub(super) fn admit(fd: OwnedFd, strangers: &mut usize) -> Option<PeerFd> {
-    if is_familiar(&fd) {
-        return Some(PeerFd(Some(fd)));
+    match kind(&fd) {
+        Kind::Familiar => return Some(PeerFd(Some(fd))),
+        // One message takes these, empty. What is queued in this one may be anything: who brings many is as suspect.
+        Kind::FullSocket => {
+            *strangers += 1;
+            return Some(PeerFd(Some(fd)));
+        }
+        Kind::Stranger => *strangers += 1,
     }
-    *strangers += 1;
     close_elsewhere(fd, Duration::ZERO);
     // The reading end of a pipe whose writing end is closed: no message takes it.
     pipe().ok().map(|(read, _)| PeerFd(Some(read)))
@@ -91,16 +97,37 @@ pub fn crowd() -> bool {
     waiting.closers - waiting.idle + waiting.queue.len() > STRANGERS_MAX
 }
 
-/// Whether some message takes this kind. None of these questions reaches a file system or a driver.
-fn is_familiar(fd: &OwnedFd) -> bool {
+enum Kind {
+    /// Some message takes it, and closing it is quick unless it is the last of its file.
+    Familiar,
+    /// A Unix socket in which something waits to be read.
+    FullSocket,
+    /// No message takes it.
+    Stranger,
+}
+
+/// What a descriptor is. None of these questions reaches a file system or a driver.
+fn kind(fd: &OwnedFd) -> Kind {
     // memfd, tmpfs, hugetlbfs: guest memory and logs.
     if fcntl(fd, FcntlArg::F_GET_SEALS).is_ok() {
-        return true;
+        return Kind::Familiar;
     }
-    if let Ok(address) = getsockname::<SockaddrStorage>(fd.as_raw_fd()) {
-        return address.family() == Some(AddressFamily::Unix);
+    match getsockname::<SockaddrStorage>(fd.as_raw_fd()) {
+        Ok(address) if address.family() == Some(AddressFamily::Unix) => match is_empty(fd) {
+            true => Kind::Familiar,
+            false => Kind::FullSocket,
+        },
+        Ok(_) => Kind::Stranger,
+        Err(_) if is_light(fd) => Kind::Familiar,
+        Err(_) => Kind::Stranger,
     }
-    is_light(fd)
+}
+
+/// Whether nothing waits in a socket.
+fn is_empty(socket: &OwnedFd) -> bool {
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    // Without room for descriptors a look makes none.
+    !recv(socket.as_raw_fd(), &mut [0; 1], flags).is_ok_and(|bytes| bytes > 0)
 }
 
 /// Whether closing is always quick.
@@ -115,7 +142,7 @@ fn close_elsewhere(fd: OwnedFd, pause: Duration) {
     // As a number: an error on the way to the thread must leave it open rather than close it here.
     let fd = fd.into_raw_fd();
     let mut waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
-    waiting.queue.push_back((fd, pause));
+    waiting.queue.push_back((fd, Instant::now() + pause));
     let closer = || Builder::new().name("closer".into()).stack_size(CLOSER_STACK);
     let more = waiting.queue.len() > waiting.idle && waiting.closers < CLOSERS_MAX;
     if more && closer().spawn(close_strangers).is_ok() {
@@ -128,9 +155,9 @@ fn close_elsewhere(fd: OwnedFd, pause: Duration) {
 fn close_strangers() {
     let mut waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
     loop {
-        if let Some((fd, pause)) = waiting.queue.pop_front() {
+        if let Some((fd, due)) = waiting.queue.pop_front() {
             drop(waiting);
-            std::thread::sleep(pause);
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
             let _ = close(fd);
             waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
         } else {
@@ -145,19 +172,22 @@ fn close_strangers() {
 mod tests {
     use super::*;
     use std::os::unix::net::UnixStream;
-    use std::time::Instant;
 
     #[test]
     fn kinds_that_messages_take_pass() {
         let memfd = nix::sys::memfd::memfd_create("m", nix::sys::memfd::MFdFlags::empty()).unwrap();
         let event = nix::sys::eventfd::EventFd::new().unwrap().into();
-        let unix = UnixStream::pair().unwrap().0.into();
-        for fd in [memfd, event, unix, pipe().unwrap().1] {
+        let (unix, peer) = UnixStream::pair().unwrap();
+        let (full, mut writer) = UnixStream::pair().unwrap();
+        std::io::Write::write_all(&mut writer, b"x").unwrap();
+        let pipe = pipe().unwrap().1;
+        for (fd, suspects) in [(memfd, 0), (event, 0), (unix.into(), 0), (full.into(), 1), (pipe, 0)] {
             let number = fd.as_raw_fd();
             let mut strangers = 0;
             assert_eq!(admit(fd, &mut strangers).map(|fd| fd.into_owned().as_raw_fd()), Some(number));
-            assert_eq!(strangers, 0);
+            assert_eq!(strangers, suspects);
         }
+        drop(peer);
     }
 
     #[test]
