@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use anyhow::{Context, Result, ensure};
-use lab::rawfront::{Backend, Front, Memory, PATIENCE, Ring, eventually, test_frame};
+use lab::rawfront::{Backend, Front, Memory, Ring, eventually, test_frame};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
