@@ -18,13 +18,13 @@ use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 /// Queue pairs of one port at most. vhost-user: bits 0-7 of a vring index name the ring, so 256 rings.
-pub const MAX_QUEUE_PAIRS: u16 = 128;
+pub const MAX_QUEUE_PAIRS: u16 = crate::session::QUEUE_PAIRS_MAX;
 /// Worker threads of the process at most.
 pub const MAX_WORKERS: u16 = 64;
 /// Ports of one process at most.
 pub const MAX_PORTS: usize = 1024;
 /// Smallest MTU of a virtio-net device, in bytes (VIRTIO 1.3 §5.1.4.1).
-pub const MIN_MTU: u16 = 68;
+pub const MIN_MTU: u16 = crate::session::MTU_MIN;
 /// Largest MTU of a virtio-net device, in bytes (VIRTIO 1.3 §5.1.4.1).
 pub const MAX_MTU: u16 = u16::MAX;
 /// Length of a port's name at most, in bytes.

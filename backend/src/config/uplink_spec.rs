@@ -8,7 +8,7 @@ use std::os::fd::RawFd;
 use std::str::FromStr;
 
 /// Length of an interface's name at most, in bytes (`IFNAMSIZ` without its final zero).
-pub const MAX_IFNAME_LEN: usize = 15;
+pub const MAX_IFNAME_LEN: usize = crate::uplink::tap::NAME_MAX;
 
 /// Where a port's packets go.
 #[derive(Clone, Debug, PartialEq, Eq)]

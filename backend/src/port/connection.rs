@@ -6,7 +6,7 @@
 
 use super::fds;
 use crate::config;
-use crate::reactor::{Incoming, OpId, Outgoing, Reactor, close_late};
+use crate::reactor::{Incoming, OpId, Outgoing, Reactor, close_late, has_unread};
 use nix::sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, getsockopt, shutdown, socket, sockopt};
 use std::collections::VecDeque;
 use std::io;
@@ -215,7 +215,7 @@ impl Connection {
             reactor.cancel(op);
         }
         // Messages that nobody has read go with the socket, and with them descriptors of any kind.
-        if fds::has_unread(&self.socket)
+        if has_unread(&self.socket)
             && let Ok(copy) = self.socket.try_clone()
         {
             if self.sending.is_none() {

@@ -30,14 +30,6 @@ fn check_eventfd(fd: &OwnedFd) -> Result<(), String> {
     Err(format!("the descriptor is not an eventfd but a {kind}"))
 }
 
-/// Whether bytes wait in a socket that nobody has read; also if the socket cannot tell.
-pub fn has_unread(socket: &OwnedFd) -> bool {
-    let mut unread: libc::c_int = 0;
-    // SAFETY: FIONREAD writes one int through the pointer, which is a live local.
-    let asked = unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut unread) };
-    asked != 0 || unread > 0
-}
-
 /// Takes over a descriptor that was passed on the command line, if it is a socket.
 ///
 /// # Errors

@@ -154,6 +154,14 @@ impl Outgoing {
     }
 }
 
+/// Whether bytes wait in a socket that nobody has read; also if the socket cannot tell.
+pub fn has_unread(socket: &OwnedFd) -> bool {
+    let mut unread: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int through the pointer, which is a live local.
+    let asked = unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut unread) };
+    asked != 0 || unread > 0
+}
+
 /// The address of a Unix socket, laid out for CONNECT.
 pub struct UnixAddress {
     pub(super) address: libc::sockaddr_un,

@@ -12,7 +12,7 @@ mod ring;
 mod stranger;
 
 pub use mailbox::{Mailbox, Postbox};
-pub use message::{Incoming, Outgoing};
+pub use message::{Incoming, Outgoing, has_unread};
 pub use probe::SetupError;
 pub use ring::{Done, OpId, Reactor};
 pub use stranger::{PeerFd, close_late, crowd};

@@ -16,12 +16,10 @@ use std::time::Duration;
 
 /// user_data of wake-ups that other workers send (MSG_RING).
 const MAIL: u64 = u64::MAX;
-/// user_data of operations whose completion nobody waits for (cancel requests, sent wake-ups).
-const NOBODY: u64 = u64::MAX - 1;
 /// user_data of wake-ups that this worker sends: the target's ring descriptor stands in the low half. Their
 /// completions come only if they fail.
 const WAKE: u64 = (u64::MAX - 1) << 32 | 1 << 31;
-/// Set in the user_data of a request to cancel an operation; the rest is that operation's. MAIL and NOBODY have it too.
+/// Set in the user_data of a request to cancel an operation; the rest is that operation's. MAIL and WAKE have it too.
 const CANCEL: u64 = 1 << 31;
 /// Generations stay below those of the numbers above, whatever bits are set beside them.
 const GENERATION_MAX: u32 = 0x7fff_ffff;
@@ -213,7 +211,7 @@ impl<T: Copy> Reactor<T> {
         self.generation = self.generation.wrapping_add(1) & GENERATION_MAX;
         let generation = self.generation;
         let key = self.ops.insert(InFlight { token, generation, body, _fd: fd.cloned() });
-        // Bit 31 is clear in every operation's id, and set in MAIL, NOBODY and WAKE.
+        // Bit 31 is clear in every operation's id, and set in MAIL and WAKE.
         let id = (u64::from(generation) << 32 | key as u64) & !CANCEL;
         self.push(&entry.user_data(id));
         OpId(id)
@@ -280,9 +278,6 @@ impl<T: Copy> Reactor<T> {
             let id = cqe.user_data();
             if id == MAIL {
                 *mail = true;
-                continue;
-            }
-            if id == NOBODY {
                 continue;
             }
             if id & !0x7fff_ffff == WAKE {

@@ -10,8 +10,9 @@
 //! Unix socket what is queued in it, other strangers perhaps. So a [`PeerFd`] that nobody takes is closed there as well.
 #![forbid(unsafe_code)]
 
+use super::message::has_unread;
 use nix::fcntl::{FcntlArg, fcntl, readlink};
-use nix::sys::socket::{AddressFamily, MsgFlags, SockaddrLike, SockaddrStorage, getsockname, recv};
+use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname};
 use nix::unistd::{close, pipe};
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd, RawFd};
@@ -113,21 +114,14 @@ fn kind(fd: &OwnedFd) -> Kind {
         return Kind::Familiar;
     }
     match getsockname::<SockaddrStorage>(fd.as_raw_fd()) {
-        Ok(address) if address.family() == Some(AddressFamily::Unix) => match is_empty(fd) {
-            true => Kind::Familiar,
-            false => Kind::FullSocket,
+        Ok(address) if address.family() == Some(AddressFamily::Unix) => match has_unread(fd) {
+            true => Kind::FullSocket,
+            false => Kind::Familiar,
         },
         Ok(_) => Kind::Stranger,
         Err(_) if is_light(fd) => Kind::Familiar,
         Err(_) => Kind::Stranger,
     }
-}
-
-/// Whether nothing waits in a socket.
-fn is_empty(socket: &OwnedFd) -> bool {
-    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-    // Without room for descriptors a look makes none.
-    !recv(socket.as_raw_fd(), &mut [0; 1], flags).is_ok_and(|bytes| bytes > 0)
 }
 
 /// Whether closing is always quick.

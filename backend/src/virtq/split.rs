@@ -18,7 +18,7 @@
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
 use super::chain::{Chain, ChainError, WalkError};
-use crate::memory::ring::{RingAccess, RingError, RingLayout, RingView};
+use crate::memory::ring::{RingError, RingLayout, RingView};
 use crate::memory::{GuestMemory, MissingRange};
 
 use std::sync::atomic::{Ordering, fence};
@@ -374,25 +374,12 @@ fn event_passed(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
 
-/// For [`SplitQueue::prefetch`]: chains to look ahead at most.
-const PREFETCH_MAX: u16 = 32;
 /// How far before a buffer its descriptor is asked for, chains.
 const DESCRIPTORS_AHEAD: u16 = 8;
 /// A cache line, as far as prefetching goes, bytes.
 const LINE_BYTES: u64 = 64;
 
 impl SplitQueue {
-    /// Asks the CPU for the descriptors of the next `n` chains known to be available, as a hint before a burst of pops.
-    /// The heads it reads serve the hint only; `pop` takes what it then finds.
-    #[inline]
-    pub fn prefetch(&mut self, n: u16) {
-        let known = self.avail_cached.wrapping_sub(self.next_avail);
-        let Ok(ring) = self.ring.access() else {
-            return;
-        };
-        prefetch_descriptors(ring, self.next_avail, n.min(known).min(PREFETCH_MAX));
-    }
-
     /// Asks the CPU for the first lines of the buffer of the chain that is `ahead` places behind the next, which is going
     /// to be written, and for the descriptor of one further behind, whose turn comes next. What it reads serves the
     /// hint only.
@@ -413,12 +400,5 @@ impl SplitQueue {
             mem.prefetch_write(addr);
             mem.prefetch_write(addr.wrapping_add(LINE_BYTES));
         }
-    }
-}
-
-#[inline]
-fn prefetch_descriptors(ring: RingAccess<'_>, from: u16, n: u16) {
-    for index in 0..n {
-        ring.prefetch_descriptor(ring.avail_head(from.wrapping_add(index)));
     }
 }

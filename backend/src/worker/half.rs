@@ -6,7 +6,7 @@
 use super::PairToken;
 use crate::memory::MissingRange;
 use crate::reactor::{OpId, Reactor};
-use crate::virtq::SplitQueue;
+use crate::virtq::{QueueError, SplitQueue};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -35,6 +35,13 @@ impl Ring {
         if std::mem::take(&mut self.listening) {
             self.queue.disable_kicks();
         }
+    }
+
+    /// There is nothing to do: asks the driver to kick, and looks once more after that; a lost wake-up otherwise.
+    pub(super) fn await_kick(&mut self) -> Result<(), QueueError> {
+        self.pending = self.queue.enable_kicks()?;
+        self.listening = true;
+        Ok(())
     }
 
     /// Looks again, parked or not: memory is new, or more of it has arrived.

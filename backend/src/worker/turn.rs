@@ -53,11 +53,7 @@ impl Pair {
             let call = finish_burst(queue, used, &self.counters);
             let outcome = match end {
                 End::Budget => Ok(()),
-                // Look once more after notifications are on again: a lost wake-up otherwise.
-                End::Idle if ring.kick.is_some() => queue.enable_kicks().map(|more| {
-                    ring.listening = true;
-                    ring.pending = more;
-                }),
+                End::Idle if ring.kick.is_some() => ring.await_kick(),
                 End::Parked(range) => {
                     ring.parked = Some(range);
                     self.counters.parks.add(1);
@@ -118,10 +114,7 @@ impl Pair {
                     self.watch_uplink(reactor);
                     Ok(())
                 }
-                End::NoBuffers if ring.kick.is_some() => queue.enable_kicks().map(|more| {
-                    ring.listening = true;
-                    ring.pending = more;
-                }),
+                End::NoBuffers if ring.kick.is_some() => ring.await_kick(),
                 End::Parked(range) => {
                     ring.parked = Some(range);
                     self.counters.parks.add(1);
