@@ -2,6 +2,7 @@
 //!
 //! Where things live: see ARCHITECTURE in the README; each module's header says what is in it.
 
+pub mod bpf;
 pub mod capabilities;
 pub mod cli;
 pub mod config;
