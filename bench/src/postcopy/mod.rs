@@ -38,10 +38,12 @@ mod session;
 mod sides;
 mod sleeper;
 mod table;
+#[cfg(test)]
+mod tests;
 mod uffd;
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sched::{CpuSet, sched_setaffinity};
@@ -50,7 +52,7 @@ use nix::unistd::Pid;
 use crate::interrupt;
 use crate::testpmd::{self, HugePages, Memory};
 use driver::Direction;
-use run::Case;
+use run::{Case, Outcome};
 use schedule::Link;
 use sides::{BackEnd, Side};
 use table::{Report, Row};
@@ -63,6 +65,8 @@ const OTHER_CPU: usize = 1;
 const HUGEPAGES: u64 = 128;
 /// Buffers per ring entry where the ring is stopped often: the stall must last.
 const STOP_BUFFERS: u64 = 16;
+/// Stops come within so many times the latency: as long as DPDK holds a queue for one burst.
+const STOP_WITHIN: u64 = 32;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -183,6 +187,7 @@ impl Args {
                     mergeable: self.mergeable,
                     packets: self.packets,
                     stops: self.stops,
+                    stop_within: Duration::from_micros(STOP_WITHIN * latency_us),
                     steady: Duration::from_millis(self.steady_ms),
                     limit: Duration::from_secs(self.limit_s),
                 };
@@ -265,12 +270,26 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// One case at one side, which is started afresh.
-fn one(side: &Side, case: &Case) -> Result<run::Outcome> {
+/// One case at one side, which is started afresh. Where stops are wanted, machines come and go until there were
+/// enough of them.
+fn one(side: &Side, case: &Case) -> Result<Outcome> {
     let mut backend = BackEnd::start(side, case.direction)?;
-    let result = run::measure(backend.socket(), case);
-    if let (Err(e), Some(how)) = (&result, backend.ended()) {
-        bail!("{e:#}; {how}");
+    let start = Instant::now();
+    let mut all: Option<Outcome> = None;
+    loop {
+        let mut outcome = match run::measure(backend.socket(), case) {
+            Ok(outcome) => outcome,
+            Err(e) => match backend.ended() {
+                Some(how) => bail!("{e:#}; {how}"),
+                None => return Err(e),
+            },
+        };
+        if let Some(before) = all {
+            outcome.join(before);
+        }
+        if outcome.stops.len() >= case.stops || start.elapsed() > case.limit {
+            return Ok(outcome);
+        }
+        all = Some(outcome);
     }
-    result
 }
