@@ -54,13 +54,11 @@ use crate::testpmd::{self, HugePages, Memory};
 use driver::Direction;
 use run::{Case, Outcome};
 use schedule::Link;
-use sides::{BackEnd, Side};
+use sides::{BackEnd, OTHER_CPU, Side};
 use table::{Report, Row};
 
 /// Size of a page of guest memory, in bytes.
 const PAGE: u64 = 4096;
-/// The CPU of this program where it starts the back-ends itself.
-const OTHER_CPU: usize = 1;
 /// For one testpmd of 192 MiB in pages of 2 MiB, and its own tables.
 const HUGEPAGES: u64 = 128;
 /// Buffers per ring entry where the ring is stopped often: the stall must last.
@@ -160,7 +158,7 @@ impl Args {
         let buffers = self.buffers.unwrap_or(u64::from(self.ring_size));
         ensure!(buffers >= u64::from(self.ring_size), "--buffers must be at least --ring-size");
         ensure!(
-            buffers % u64::from(self.ring_size) == 0 && buffers <= 1 << 20,
+            buffers.is_multiple_of(u64::from(self.ring_size)) && buffers <= 1 << 20,
             "--buffers is a multiple of --ring-size, at most 1048576"
         );
         ensure!(self.background <= 10_000_000, "--background is at most 10000000 pages per second");

@@ -338,7 +338,7 @@ impl Run<'_> {
         std::thread::sleep(AFTER_STOP);
         let (now, _) = ring::indices(&self.guest.map, &place);
         if then != now || base != now {
-            self.findings.add(Wrong::WrongBase, || {
+            self.findings.add(Wrong::FalseBase, || {
                 format!("ring {ring} answered base {base}; used.idx was {then} then and {now} a little later")
             });
         }
@@ -386,7 +386,7 @@ impl Run<'_> {
         if let Some((_, base)) = stop
             && base != BASE
         {
-            self.findings.add(Wrong::WrongBase, || format!("base {base} where nothing could be used"));
+            self.findings.add(Wrong::FalseBase, || format!("base {base} where nothing could be used"));
         }
         // QEMU is gone.
         drop(self.session);

@@ -104,7 +104,7 @@ fn every_wrong_manner_is_found() {
         ),
         (Manner::Disorder, Direction::Tx, vec![Wrong::RingOrder]),
         (Manner::Zeros, Direction::Echo, vec![Wrong::ZeroPacket]),
-        (Manner::FalseBase, Direction::Tx, vec![Wrong::WrongBase]),
+        (Manner::FalseBase, Direction::Tx, vec![Wrong::FalseBase]),
     ];
     for (manner, direction, expected) in found {
         let Some(out) = run("wrong manners", manner, &case(direction, Some(200))) else { return };
