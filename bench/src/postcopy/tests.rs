@@ -8,6 +8,7 @@ use super::fake::{Fake, Manner};
 use super::findings::Wrong;
 use super::run::{Case, Outcome, measure};
 use super::schedule::Link;
+use super::table::{Report, Row};
 use super::uffd::Uffd;
 
 const RING: u16 = 32;
@@ -110,4 +111,24 @@ fn every_wrong_manner_is_found() {
         let Some(out) = run("wrong manners", manner, &case(direction, Some(200))) else { return };
         assert_eq!(kinds(&out), expected, "{manner:?}: {:?}", out.wrong);
     }
+}
+
+#[test]
+fn the_report_says_what_was_wrong() {
+    let case = case(Direction::Tx, Some(200));
+    let Some(out) = run("report", Manner::FillsHole, &case) else { return };
+    let mut report = Report::default();
+    for (side, outcome) in [("ours", Ok(out)), ("dpdk", Err("not there".to_string()))] {
+        let (label, latency_us) = ("tx".into(), Some(200));
+        let case = case.clone();
+        report.add(Row { side, round: 1, label, case, latency_us, bandwidth: 0, background: 0, outcome });
+    }
+    assert!(!report.is_clean());
+    let text = report.text();
+    assert!(text.contains("! ours in round 1: FilledHole × 1"), "{text}");
+    assert!(text.contains("! dpdk in round 1: not there") && text.contains("ours/dpdk"), "{text}");
+    let json: serde_json::Value = serde_json::from_str(&report.json().expect("JSON")).expect("JSON");
+    let ours = &json["rows"][0]["outcome"]["Ok"];
+    assert_eq!(ours["faults"]["outstanding_max"], 1);
+    assert_eq!(ours["wrong"]["filled-hole"][0], 1);
 }
