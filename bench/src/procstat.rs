@@ -40,6 +40,18 @@ pub fn cpu_time_ns(pid: u32) -> Result<u64> {
     Ok(sum)
 }
 
+/// How long all live threads of a process were ready to run and had no CPU, in nanoseconds.
+pub fn cpu_wait_ns(pid: u32) -> Result<u64> {
+    let mut sum = 0;
+    for task in
+        fs::read_dir(format!("/proc/{pid}/task")).with_context(|| format!("threads of process {pid}"))?
+    {
+        let Ok(text) = fs::read_to_string(task?.path().join("schedstat")) else { continue };
+        sum += text.split_whitespace().nth(1).and_then(|f| f.parse::<u64>().ok()).unwrap_or(0);
+    }
+    Ok(sum)
+}
+
 /// Voluntary plus involuntary context switches of all threads: how often the process was woken or preempted.
 pub fn context_switches(pid: u32) -> Result<u64> {
     let mut sum = 0;

@@ -49,8 +49,8 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
-use crate::interrupt;
 use crate::testpmd::{self, HugePages, Memory};
+use crate::{interrupt, procstat};
 use driver::Direction;
 use run::{Case, Outcome};
 use schedule::Link;
@@ -275,6 +275,7 @@ fn one(side: &Side, case: &Case) -> Result<Outcome> {
     let start = Instant::now();
     let mut all: Option<Outcome> = None;
     loop {
+        let began = (Instant::now(), waited(&backend));
         let mut outcome = match run::measure(backend.socket(), case) {
             Ok(outcome) => outcome,
             Err(e) => match backend.ended() {
@@ -282,6 +283,10 @@ fn one(side: &Side, case: &Case) -> Result<Outcome> {
                 None => return Err(e),
             },
         };
+        if let ((at, Some(before)), Some(after)) = (began, waited(&backend)) {
+            let missing = after.saturating_sub(before) as f64 / at.elapsed().as_nanos() as f64;
+            outcome.cpu_missing_percent = Some(100.0 * missing);
+        }
         if let Some(before) = all {
             outcome.join(before);
         }
@@ -290,4 +295,8 @@ fn one(side: &Side, case: &Case) -> Result<Outcome> {
         }
         all = Some(outcome);
     }
+}
+
+fn waited(backend: &BackEnd) -> Option<u64> {
+    backend.pid().and_then(|pid| procstat::cpu_wait_ns(pid).ok())
 }

@@ -105,6 +105,9 @@ pub struct Outcome {
     pub used: [u64; RINGS],
     /// Packets that did not come back though later ones did.
     pub lost: u64,
+    /// Part of the run, in percent, in which threads of the back-end were ready to run and had no CPU; where the
+    /// process is known. Numbers of a run in which that is much say little.
+    pub cpu_missing_percent: Option<f64>,
     /// What the back-end did wrong.
     pub wrong: Summary,
 }
@@ -124,6 +127,7 @@ impl Outcome {
             stuck: None,
             used: driver.used,
             lost: driver.lost,
+            cpu_missing_percent: None,
             wrong: findings.summary(),
         }
     }

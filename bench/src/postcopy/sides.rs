@@ -110,6 +110,15 @@ impl BackEnd {
         &self.socket
     }
 
+    /// Its process id, if it was started here.
+    pub fn pid(&self) -> Option<u32> {
+        match &self.process {
+            Process::None => None,
+            Process::Plain(child) => Some(child.id()),
+            Process::Testpmd(testpmd) => Some(testpmd.pid()),
+        }
+    }
+
     /// How it ended, if it did.
     pub fn ended(&mut self) -> Option<String> {
         match &mut self.process {
