@@ -288,7 +288,7 @@ impl Control {
             }
             let Some(step) = port.session.as_mut().and_then(|session| session.step()) else { break };
             match step {
-                Step::Send(bytes) => {
+                Step::Send(bytes) | Step::SendUserfaultfd(bytes) => {
                     let token = self.token(id, PortOp::Send).into();
                     let Some(connection) = self.ports[id].connection.as_mut() else { break };
                     connection.send(reactor, bytes, token);

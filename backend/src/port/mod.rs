@@ -156,6 +156,7 @@ impl Port {
             max_mem_slots: self.mem_slots,
             config_space: config_space.and_then(ConfigSpace::new),
             mtu_max: self.config.mtu.unwrap_or(u16::MAX),
+            postcopy_resend: false,
         })
     }
 

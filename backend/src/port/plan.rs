@@ -92,12 +92,12 @@ impl Port {
 
     fn prepare(&mut self, effect: Effect<PeerFd>) -> Result<(), String> {
         match effect {
-            Effect::SetMemTable { regions } => {
+            Effect::SetMemTable { regions, .. } => {
                 self.plan.mapping = MapFor::Replace;
                 let regions = regions.into_iter().map(|(region, fd)| (region, fd.into_owned())).collect();
                 self.push(Step::Job(Job::Map(regions)));
             }
-            Effect::AddMemReg { region, fd } => {
+            Effect::AddMemReg { region, fd, .. } => {
                 self.plan.mapping = MapFor::Add;
                 self.push(Step::Job(Job::Map(vec![(region, fd.into_owned())])));
             }
@@ -141,6 +141,7 @@ impl Port {
                     .announce(&crate::net::rarp::frame(mac))
                     .map_err(|error| format!("{}: announcement: {error}", self.uplink.describe()))?;
             }
+            Effect::PostcopyAdvise | Effect::PostcopyListen | Effect::PostcopyArm | Effect::PostcopyEnd => {}
             Effect::SetBackendChannel(fd) => self.backend_channel = Some(fd),
             // The session has stopped the rings; what pairs keep (call, err) is to stay.
             Effect::Reset => {}
