@@ -68,13 +68,22 @@ struct Options {
     #[arg(long, value_name = "FEATURE", value_parser = config::protocol_feature)]
     disable_protocol_feature: Vec<u64>,
 
+    /// Offer postcopy migration: auto (where userfaultfd can be had), on, off [default: auto]
+    #[arg(long, value_name = "WHEN", value_parser = config::postcopy)]
+    postcopy: Option<config::Postcopy>,
+
+    /// Offer it with several queue pairs, too: off, or resend (works around QEMU, up to 10.2) [default: off]
+    #[arg(long, value_name = "HOW", value_parser = config::postcopy_multiqueue)]
+    postcopy_multiqueue: Option<config::PostcopyMultiqueue>,
+
     /// Log level or filter; goes before RUST_LOG [default: info]
     #[arg(long, value_name = "LEVEL", value_parser = config::log_filter)]
     log: Option<String>,
 
     /// Read ports from this TOML file instead of from options
     #[arg(long, value_name = "FILE", conflicts_with_all = ["socket_path", "fd", "client", "uplink",
-        "queue_pairs", "mtu", "mac", "name", "disable_protocol_feature"])]
+        "queue_pairs", "mtu", "mac", "name", "disable_protocol_feature",
+        "postcopy", "postcopy_multiqueue"])]
     config: Option<PathBuf>,
 
     /// Check options and configuration, print a line for each port, and exit
@@ -232,6 +241,8 @@ fn single_port(options: Options) -> Result<Config, Problem> {
         mtu: options.mtu,
         mac: options.mac,
         disabled_protocol_features: options.disable_protocol_feature.iter().fold(0, |mask, bit| mask | bit),
+        postcopy: options.postcopy.unwrap_or_default(),
+        postcopy_multiqueue: options.postcopy_multiqueue.unwrap_or_default(),
     };
     config::check_port(&port)?;
     let ports = vec![port];

@@ -83,6 +83,55 @@ pub struct PortConfig {
     pub mac: Option<[u8; 6]>,
     /// Bits of GET_PROTOCOL_FEATURES that are not offered although the program has them.
     pub disabled_protocol_features: u64,
+    /// Whether postcopy migration is offered.
+    pub postcopy: Postcopy,
+    /// Whether it is offered with several queue pairs.
+    pub postcopy_multiqueue: PostcopyMultiqueue,
+}
+
+/// Whether postcopy migration (PAGEFAULT) is offered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Postcopy {
+    /// Where userfaultfd can be had.
+    #[default]
+    Auto,
+    /// Yes; without userfaultfd the program does not start.
+    On,
+    /// No.
+    Off,
+}
+
+/// What is done about QEMU's way with several queue pairs in postcopy: it waits for an answer that nobody owes it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PostcopyMultiqueue {
+    /// Postcopy is not offered with several queue pairs.
+    #[default]
+    Off,
+    /// The answer is sent again for each further pair.
+    Resend,
+}
+
+/// Reads a [`Postcopy`].
+pub fn postcopy(text: &str) -> Result<Postcopy, Problem> {
+    match text {
+        "auto" => Ok(Postcopy::Auto),
+        "on" => Ok(Postcopy::On),
+        "off" => Ok(Postcopy::Off),
+        _ => Err(Problem::Choice { key: "postcopy", value: text.to_owned(), choices: "auto, on, off" }),
+    }
+}
+
+/// Reads a [`PostcopyMultiqueue`].
+pub fn postcopy_multiqueue(text: &str) -> Result<PostcopyMultiqueue, Problem> {
+    match text {
+        "off" => Ok(PostcopyMultiqueue::Off),
+        "resend" => Ok(PostcopyMultiqueue::Resend),
+        _ => Err(Problem::Choice {
+            key: "postcopy-multiqueue",
+            value: text.to_owned(),
+            choices: "off, resend",
+        }),
+    }
 }
 
 /// Where a port's control socket comes from.
@@ -147,6 +196,16 @@ pub enum Problem {
         min: i64,
         /// Largest that is allowed.
         max: i64,
+    },
+    /// Not one of the words that are known.
+    #[error("{key} is '{value}', choose one of: {choices}")]
+    Choice {
+        /// The option's name.
+        key: &'static str,
+        /// What was given.
+        value: String,
+        /// What may be given.
+        choices: &'static str,
     },
     /// An address that does not parse.
     #[error("mac '{0}' is not an address, write it as six hexadecimal bytes: 52:54:00:12:34:56")]

@@ -4,13 +4,14 @@
 //! that says what to do. In the loop only peers fail.
 #![forbid(unsafe_code)]
 
-use crate::config::{Config, PortConfig, UplinkSpec};
+use crate::config::{Config, PortConfig, Postcopy, PostcopyMultiqueue, UplinkSpec};
 use crate::memory::sigbus::MAX_LIVE_MAPPINGS;
 use crate::net::counters::PairCounters;
 use crate::port::connection::{Endpoint, EndpointError};
 use crate::port::control::{Control, ControlToken};
 use crate::port::helper::Helper;
 use crate::port::{MEM_SLOTS_MAX, MEM_SLOTS_MIN, Port};
+use crate::postcopy::uffd::{UffdError, Userfaultfd};
 use crate::reactor::{Done, Mailbox, Reactor, SetupError};
 use crate::uplink::null::{Null, NullQueue};
 use crate::uplink::tap::{Tap, TapError};
@@ -40,6 +41,9 @@ pub enum DaemonError {
     /// A port's tap.
     #[error("port {0}: {1}")]
     Tap(String, TapError),
+    /// A port that must offer postcopy and cannot.
+    #[error("port {0}: {1}")]
+    Postcopy(String, String),
     /// A port's interface cannot be set up.
     #[error("port {0}: {1}: {2}: {3}; run with CAP_NET_ADMIN or set it up beforehand")]
     Interface(String, String, &'static str, io::Error),
@@ -134,6 +138,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let mut ports = Vec::new();
     let mut attachments = Vec::new();
     let mem_slots = mem_slots(config.ports.len());
+    let userfaultfd = Userfaultfd::new().map(drop);
     for (id, port) in config.ports.into_iter().enumerate() {
         let id = id as u16;
         let (uplink, queues) = open_uplink(&port)?;
@@ -145,7 +150,8 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
             attachments.push(Attachment { key, uplink, counters: counters.clone() });
         }
         tracing::info!(port = port.name, "{}, uplink {}", port.endpoint, uplink.describe());
-        ports.push(Port::new(id, port, uplink, counters, endpoint, mem_slots));
+        let postcopy = offers_postcopy(&port, userfaultfd.as_ref())?;
+        ports.push(Port::new(id, port, uplink, counters, endpoint, mem_slots, postcopy));
     }
     let mut workers = Vec::new();
     for index in 1..config.workers {
@@ -169,6 +175,29 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let _ = reactor.turn(false, &mut Vec::new(), &mut false);
     workers.into_iter().for_each(Worker::join);
     served.map_err(|error| DaemonError::System("io_uring_enter", error))
+}
+
+/// Whether a port offers postcopy; says why not where that is not the operator's choice.
+fn offers_postcopy(port: &PortConfig, userfaultfd: Result<&(), &UffdError>) -> Result<bool, DaemonError> {
+    let several = port.queue_pairs > 1 && port.postcopy_multiqueue == PostcopyMultiqueue::Off;
+    match (port.postcopy, userfaultfd) {
+        (Postcopy::Off, _) => Ok(false),
+        (Postcopy::On, Err(error)) => Err(DaemonError::Postcopy(port.name.clone(), error.to_string())),
+        (Postcopy::Auto, Err(error)) => {
+            tracing::warn!(port = port.name, "postcopy migration is not offered: {error}");
+            Ok(false)
+        }
+        (_, Ok(())) if several => {
+            tracing::info!(
+                port = port.name,
+                "postcopy migration is not offered with {} queue pairs: QEMU (up to 10.2) hangs in it; \
+                 --postcopy-multiqueue=resend works around that",
+                port.queue_pairs
+            );
+            Ok(false)
+        }
+        (_, Ok(())) => Ok(true),
+    }
 }
 
 /// Memory slots to offer each port: together they must not use up the process's mappings, of which a new memory

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::*;
-use crate::config::Endpoint;
+use crate::config::{Endpoint, Postcopy, PostcopyMultiqueue};
 
 fn run(line: &str) -> Result<Command, CliError> {
     parse_from(std::iter::once("vhost-user-net").chain(line.split_whitespace()))
@@ -30,6 +30,8 @@ fn one_port_from_options() {
         mtu: Some(1400),
         mac: Some([0x52, 0x54, 0, 0x12, 0x34, 0x56]),
         disabled_protocol_features: 1 << 2 | 1 << 4,
+        postcopy: Postcopy::Auto,
+        postcopy_multiqueue: PostcopyMultiqueue::Off,
     };
     assert_eq!(config, Config { workers: 2, log: Some("debug".into()), ports: vec![port] });
 }

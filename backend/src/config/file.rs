@@ -64,6 +64,8 @@ struct Port {
     mac: Option<Spanned<String>>,
     #[serde(default)]
     disable_protocol_features: Vec<Spanned<String>>,
+    postcopy: Option<Spanned<String>>,
+    postcopy_multiqueue: Option<Spanned<String>>,
 }
 
 /// Reads and checks a configuration file.
@@ -152,6 +154,9 @@ fn build_port(port: &Port) -> Result<PortConfig, Placed> {
         mtu: checked(&port.mtu, |n| super::mtu(*n))?,
         mac: checked(&port.mac, |m| super::mac(m))?,
         disabled_protocol_features,
+        postcopy: checked(&port.postcopy, |text| super::postcopy(text))?.unwrap_or_default(),
+        postcopy_multiqueue: checked(&port.postcopy_multiqueue, |text| super::postcopy_multiqueue(text))?
+            .unwrap_or_default(),
     };
     super::check_port(&built).map_err(whole)?;
     Ok(built)

@@ -42,6 +42,8 @@ fn full_file() {
         mtu: None,
         mac: None,
         disabled_protocol_features: 0,
+        postcopy: Postcopy::Auto,
+        postcopy_multiqueue: PostcopyMultiqueue::Off,
     };
     let second = PortConfig {
         name: "my_db".into(),
@@ -51,6 +53,8 @@ fn full_file() {
         mtu: Some(1400),
         mac: Some([0x52, 0x54, 0, 0x12, 0x34, 0x56]),
         disabled_protocol_features: 1 << 15 | 1 << 16,
+        postcopy: Postcopy::Auto,
+        postcopy_multiqueue: PostcopyMultiqueue::Off,
     };
     let third = PortConfig {
         name: "fd5".into(),
@@ -60,6 +64,8 @@ fn full_file() {
         mtu: None,
         mac: None,
         disabled_protocol_features: 0,
+        postcopy: Postcopy::Auto,
+        postcopy_multiqueue: PostcopyMultiqueue::Off,
     };
     let log = Some("warn,vhost_user_net=debug".into());
     assert_eq!(config, Config { workers: 3, log, ports: vec![first, second, third] });

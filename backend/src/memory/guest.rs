@@ -214,6 +214,35 @@ impl GuestMemory {
         self.for_each_piece(gpa, u64::from(len), |_| Ok(()))
     }
 
+    /// Whether pages may be missing: false outside postcopy.
+    #[inline]
+    pub fn is_incomplete(&self) -> bool {
+        self.table.regions.iter().any(|region| region.residency.is_some())
+    }
+
+    /// Calls `visit` for each run of missing pages that `len` bytes at `gpa` meet. Bytes outside guest memory are passed
+    /// over.
+    pub fn for_each_missing(&self, gpa: u64, len: u64, mut visit: impl FnMut(MissingRange)) {
+        let end = gpa.saturating_add(len);
+        let mut at = gpa;
+        while at < end {
+            let Some(region) = self.table.find(at) else { return };
+            let region_end = region.start + region.size;
+            let stop = end.min(region_end) - region.start;
+            let mut offset = at - region.start;
+            while let Some(gap) = region.residency.as_ref().and_then(|map| map.first_missing(offset..stop)) {
+                visit(MissingRange { gpa: region.start + gap.start, len: gap.end - gap.start });
+                offset = gap.end;
+            }
+            at = region_end;
+        }
+    }
+
+    /// Which mapping holds `gpa` (its place in [`Self::mappings`]), and how far from the mapping's start, bytes.
+    pub fn locate(&self, gpa: u64) -> Option<(usize, u64)> {
+        self.table.find(gpa).map(|region| (region.mapping, gpa - region.start))
+    }
+
     /// Logs `len` bytes at `gpa` as dirty, after the kernel wrote there (a read from a tap).
     #[inline]
     pub fn mark_written(&self, gpa: u64, len: u32) {

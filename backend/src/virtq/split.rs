@@ -113,9 +113,9 @@ pub enum PopError {
 /// A split virtqueue in guest memory.
 #[derive(Debug)]
 pub struct SplitQueue {
-    ring: RingView,
-    next_avail: u16,
-    avail_cached: u16,
+    pub(super) ring: RingView,
+    pub(super) next_avail: u16,
+    pub(super) avail_cached: u16,
     next_used: u16,
     published: u16,
     /// The used index at the last decision on a call; None before the first.
@@ -125,7 +125,7 @@ pub struct SplitQueue {
     synced: bool,
     /// What `used.flags` says about kicks, once we wrote it.
     kicks_enabled: Option<bool>,
-    config: QueueConfig,
+    pub(super) config: QueueConfig,
     resynced: bool,
     #[cfg(debug_assertions)]
     in_work: std::collections::VecDeque<u16>,
@@ -330,7 +330,7 @@ impl SplitQueue {
     }
 
     /// Looks at `avail.idx`.
-    fn refill(&mut self) -> Result<(), QueueError> {
+    pub(super) fn refill(&mut self) -> Result<(), QueueError> {
         self.sync()?;
         let idx = self.ring.access()?.avail_idx();
         let size = self.ring.size();

@@ -59,6 +59,10 @@ impl Pair {
         }
     }
 
+    pub(super) fn key(&self) -> PairKey {
+        self.key
+    }
+
     fn half(&mut self, direction: Direction) -> &mut Half {
         match direction {
             Direction::Receive => &mut self.rx,
@@ -93,7 +97,8 @@ impl Pair {
 
     fn has_work(&self) -> bool {
         let tx = self.tx.ring.as_ref().is_some_and(Ring::runnable);
-        tx || (self.rx.enabled && self.frame_waits() && self.rx.ring.as_ref().is_some_and(Ring::runnable))
+        tx || self.looks_ahead()
+            || (self.rx.enabled && self.frame_waits() && self.rx.ring.as_ref().is_some_and(Ring::runnable))
     }
 
     pub(super) fn frame_waits(&self) -> bool {
@@ -198,8 +203,15 @@ impl Pair {
         let half = self.half(direction);
         half.enabled = enabled;
         // Looked at once without waiting for a kick: it may have come before we listened (vhost #343, #375).
-        half.ring =
-            Some(Ring { queue, kick, kick_poll: None, pending: true, listening: false, parked: None });
+        half.ring = Some(Ring {
+            queue,
+            kick,
+            kick_poll: None,
+            pending: true,
+            listening: false,
+            parked: None,
+            look_ahead: true,
+        });
         self.rearm_kick(reactor, direction);
         self.uplink_down &= direction == Direction::Transmit;
         self.watch_uplink(reactor);
@@ -289,6 +301,7 @@ impl Pair {
             (What::Kick(direction), Done::Ready(result, more)) => {
                 let Some(ring) = &mut self.half(direction).ring else { return };
                 ring.pending = true;
+                ring.look_ahead = true;
                 self.counters.kicks.add(1);
                 if let Err(error) = result {
                     let why = format!("its kick descriptor cannot be polled: {error}");

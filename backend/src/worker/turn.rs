@@ -25,6 +25,9 @@ impl Pair {
         self.queued = false;
         self.transmit(reactor, shared);
         self.receive(reactor, shared);
+        if self.looks_ahead() {
+            self.look_ahead(shared);
+        }
         if self.memory.poisoned() {
             self.fail_memory(reactor, shared);
         }
@@ -55,7 +58,7 @@ impl Pair {
                 End::Budget => Ok(()),
                 End::Idle if ring.kick.is_some() => ring.await_kick(),
                 End::Parked(range) => {
-                    ring.parked = Some(range);
+                    ring.park(range);
                     self.counters.parks.add(1);
                     Ok(())
                 }
@@ -116,7 +119,7 @@ impl Pair {
                 }
                 End::NoBuffers if ring.kick.is_some() => ring.await_kick(),
                 End::Parked(range) => {
-                    ring.parked = Some(range);
+                    ring.park(range);
                     self.counters.parks.add(1);
                     Ok(())
                 }
