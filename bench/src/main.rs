@@ -1,7 +1,7 @@
 //! vubench: loads and measures any vhost-user network back-end.
 //!
 //! Here: the command line only. `raw` has the bare tap loops, `compare` runs several back-ends against each other on
-//! a tap, `generate` puts frames into one.
+//! a tap, `generate` puts frames into one, `postcopy` is a front-end whose memory has not arrived.
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -10,6 +10,7 @@ mod compare;
 mod generate;
 mod interrupt;
 mod netspace;
+mod postcopy;
 mod procstat;
 mod raw;
 mod report;
@@ -32,6 +33,8 @@ enum Command {
     TapGen(generate::Args),
     /// Compare back-ends with a tap uplink: ours, DPDK's, and the bare loops
     Tap(compare::Args),
+    /// Play QEMU's part in a postcopy migration: how a back-end bears memory that has not arrived
+    Postcopy(postcopy::Args),
 }
 
 fn main() -> Result<()> {
@@ -39,5 +42,6 @@ fn main() -> Result<()> {
         Command::TapRaw(args) => raw::run(&args),
         Command::TapGen(args) => generate::run(&args),
         Command::Tap(args) => compare::run(&args),
+        Command::Postcopy(args) => postcopy::run(&args),
     }
 }

@@ -35,6 +35,9 @@ pub mod msg {
     pub const SEND_RARP: u32 = 19;
     pub const NET_SET_MTU: u32 = 20;
     pub const SET_BACKEND_REQ_FD: u32 = 21;
+    pub const POSTCOPY_ADVISE: u32 = 28;
+    pub const POSTCOPY_LISTEN: u32 = 29;
+    pub const POSTCOPY_END: u32 = 30;
     pub const RESET_DEVICE: u32 = 34;
     pub const GET_MAX_MEM_SLOTS: u32 = 36;
     pub const ADD_MEM_REG: u32 = 37;

@@ -1,0 +1,218 @@
+//! The thread that plays QEMU's fault thread: reads both userfaultfds, lets pages come when they are due, wakes.
+//!
+//! What comes when is decided in `schedule`. As QEMU does, it wakes the back-end for every page, whether that
+//! waited for it or not.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::time::TimeSpec;
+
+use super::PAGE;
+use super::findings::{Findings, Wrong};
+use super::guest::Guest;
+use super::schedule::{Answer, Asker, Counts, Schedule};
+use super::sleeper;
+use super::uffd::{Event, Uffd};
+
+/// Longest sleep: how late a command of another thread can be seen.
+const NAP: Duration = Duration::from_millis(5);
+
+/// What other threads see and say.
+#[derive(Debug, Default)]
+struct Shared {
+    stop: AtomicBool,
+    finish: AtomicBool,
+    finished: AtomicBool,
+    outstanding: AtomicU64,
+    placed: AtomicU64,
+}
+
+/// How it ended.
+#[derive(Debug)]
+pub struct Delivered {
+    /// What has happened.
+    pub counts: Counts,
+    /// The state of each page.
+    pub schedule: Schedule,
+    /// When the last page came that the back-end had waited for.
+    pub last_wanted: Option<Instant>,
+}
+
+/// The back-end's side of the memory.
+#[derive(Debug)]
+pub struct Client {
+    /// Its userfaultfd.
+    pub uffd: Uffd,
+    /// Where it has mapped the region.
+    pub base: u64,
+}
+
+/// The running thread.
+#[derive(Debug)]
+pub struct Deliverer {
+    shared: Arc<Shared>,
+    thread: JoinHandle<Result<Delivered>>,
+}
+
+impl Deliverer {
+    /// Starts it. Time 0 of the schedule is now.
+    pub fn start(guest: Arc<Guest>, client: Client, schedule: Schedule, findings: Findings) -> Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let theirs = Arc::clone(&shared);
+        let thread = std::thread::Builder::new().name("deliver".into()).spawn(move || {
+            sleeper::prefer_me();
+            let loop_ = Loop { guest, client, schedule, findings, shared: theirs, start: Instant::now() };
+            loop_.run()
+        })?;
+        Ok(Self { shared, thread })
+    }
+
+    /// How many pages the back-end waits for at the moment.
+    pub fn outstanding(&self) -> u64 {
+        self.shared.outstanding.load(Ordering::Relaxed)
+    }
+
+    /// Pages that have been placed so far.
+    pub fn placed(&self) -> u64 {
+        self.shared.placed.load(Ordering::Relaxed)
+    }
+
+    /// Lets all pages come that are still missing, at once.
+    pub fn finish(&self) {
+        self.shared.finish.store(true, Ordering::Release);
+    }
+
+    /// Whether that has been done.
+    pub fn finished(&self) -> bool {
+        self.shared.finished.load(Ordering::Acquire) || self.thread.is_finished()
+    }
+
+    /// Ends the thread and closes our copy of the back-end's userfaultfd.
+    pub fn stop(self) -> Result<Delivered> {
+        self.shared.stop.store(true, Ordering::Release);
+        self.thread.join().map_err(|_| anyhow::anyhow!("the delivering thread has panicked"))?
+    }
+}
+
+struct Loop {
+    guest: Arc<Guest>,
+    client: Client,
+    schedule: Schedule,
+    findings: Findings,
+    shared: Arc<Shared>,
+    start: Instant,
+}
+
+impl Loop {
+    fn run(mut self) -> Result<Delivered> {
+        let mut last_wanted = None;
+        while !self.shared.stop.load(Ordering::Acquire) {
+            self.read_faults()?;
+            if self.shared.finish.swap(false, Ordering::AcqRel) {
+                let absent: Vec<u64> = self.schedule.absent().collect();
+                for page in absent {
+                    self.place(page)?;
+                }
+                self.shared.finished.store(true, Ordering::Release);
+            }
+            let now = self.now_ns();
+            while let Some(page) = self.schedule.due(now) {
+                let before = self.schedule.outstanding();
+                // `finish` may have brought it before its time.
+                if !self.schedule.is_here(page) {
+                    self.place(page)?;
+                }
+                if self.schedule.outstanding() < before {
+                    last_wanted = Some(Instant::now());
+                }
+            }
+            self.sleep()?;
+        }
+        let now = self.now_ns();
+        Ok(Delivered { counts: self.schedule.counts(now), schedule: self.schedule, last_wanted })
+    }
+
+    fn now_ns(&self) -> u64 {
+        self.start.elapsed().as_nanos() as u64
+    }
+
+    fn read_faults(&mut self) -> Result<()> {
+        let now = self.now_ns();
+        let (schedule, findings) = (&mut self.schedule, &self.findings);
+        let (base, pages) = (self.client.base, self.guest.pages());
+        let mut late = Vec::new();
+        let client = self.client.uffd.events(|event| match event {
+            Event::Fault(address) => {
+                let page = address.wrapping_sub(base) / PAGE;
+                if address < base || page >= pages {
+                    findings
+                        .add(Wrong::StrangeEvent, || format!("a fault at {address:#x}: not in the table"));
+                } else if schedule.fault(page, Asker::BackEnd, now) == Answer::Here {
+                    late.push(base + page * PAGE);
+                }
+            }
+            Event::Other(kind) => {
+                findings
+                    .add(Wrong::StrangeEvent, || format!("event {kind:#x} on the back-end's userfaultfd"));
+            }
+        });
+        client.context("reading the back-end's userfaultfd")?;
+        for address in late {
+            self.client.uffd.wake(address, PAGE).context("waking the back-end")?;
+        }
+        let own = self.guest.map.address();
+        let mut late = Vec::new();
+        self.guest.uffd().events(|event| {
+            if let Event::Fault(address) = event
+                && schedule.fault((address - own) / PAGE, Asker::Guest, now) == Answer::Here
+            {
+                late.push(address & !(PAGE - 1));
+            }
+        })?;
+        for address in late {
+            self.guest.uffd().wake(address, PAGE)?;
+        }
+        self.publish();
+        Ok(())
+    }
+
+    fn place(&mut self, page: u64) -> Result<()> {
+        if !self.guest.place(page).with_context(|| format!("placing page {page}"))? {
+            self.findings.add(Wrong::FilledHole, || format!("page {page} had content before it came"));
+            // A driver that waits is not woken by a copy that fails.
+            self.guest.uffd().wake(self.guest.map.address() + page * PAGE, PAGE)?;
+        }
+        self.client.uffd.wake(self.client.base + page * PAGE, PAGE).context("waking the back-end")?;
+        let now = self.now_ns();
+        if !self.schedule.placed(page, now) {
+            self.findings.add(Wrong::DeliveredTwice, || format!("page {page}"));
+        }
+        self.shared.placed.fetch_add(1, Ordering::Relaxed);
+        self.publish();
+        Ok(())
+    }
+
+    fn publish(&self) {
+        self.shared.outstanding.store(self.schedule.outstanding(), Ordering::Relaxed);
+    }
+
+    fn sleep(&self) -> Result<()> {
+        let now = self.now_ns();
+        let nap =
+            self.schedule.next_ns().map_or(NAP, |at| Duration::from_nanos(at.saturating_sub(now)).min(NAP));
+        let mut fds = [
+            PollFd::new(std::os::fd::AsFd::as_fd(&self.client.uffd), PollFlags::POLLIN),
+            PollFd::new(std::os::fd::AsFd::as_fd(self.guest.uffd()), PollFlags::POLLIN),
+        ];
+        match ppoll(&mut fds, Some(TimeSpec::from_duration(nap)), None) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
+            Err(errno) => Err(errno).context("waiting for faults"),
+        }
+    }
+}

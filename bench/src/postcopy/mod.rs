@@ -1,0 +1,276 @@
+//! `vubench postcopy`: QEMU's part of a postcopy migration, on the destination, against any vhost-user back-end.
+//!
+//! ```text
+//!   source: a copy of the memory ──► link (latency, bandwidth, background stream) ─┐ pages
+//!                                                                                  ▼
+//!   driver (the guest's CPU) ◄──► guest memory: a memfd of holes ◄── UFFDIO_COPY ── deliverer
+//!        │ rings                         ▲ shared                                  │    ▲
+//!        ▼                               │                              UFFDIO_WAKE│    │ faults
+//!   ═════╪═══════════════════════════════╪═════════════════════════════════════════╪════╪═══ control socket
+//!        ▼                               ▼                                         ▼    │
+//!   back-end under test: its mapping of that memory, its userfaultfd ───────────────────┘
+//! ```
+//!
+//! | module | what |
+//! |---|---|
+//! | `run` | one measurement from the first message to the last |
+//! | `session` | the messages, in QEMU's order |
+//! | `deliver`, `schedule` | the thread that answers faults; which page comes when (pure) |
+//! | `driver`, `ring`, `packet` | the guest's driver; its side of a split ring, what is in packets (pure) |
+//! | `guest`, `layout`, `mapping`, `uffd` | memory, where things lie in it (pure), system calls |
+//! | `findings`, `rates`, `table` | what was wrong, numbers from notes (pure), the report |
+//! | `sides` | back-ends as processes |
+
+mod deliver;
+mod driver;
+#[cfg(test)]
+mod fake;
+mod findings;
+mod guest;
+mod layout;
+mod mapping;
+mod packet;
+mod rates;
+mod ring;
+mod run;
+mod schedule;
+mod session;
+mod sides;
+mod sleeper;
+mod table;
+mod uffd;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+
+use crate::interrupt;
+use crate::testpmd::{self, HugePages, Memory};
+use driver::Direction;
+use run::Case;
+use schedule::Link;
+use sides::{BackEnd, Side};
+use table::{Report, Row};
+
+/// Size of a page of guest memory, in bytes.
+const PAGE: u64 = 4096;
+/// The CPU of this program where it starts the back-ends itself.
+const OTHER_CPU: usize = 1;
+/// For one testpmd of 192 MiB in pages of 2 MiB, and its own tables.
+const HUGEPAGES: u64 = 128;
+/// Buffers per ring entry where the ring is stopped often: the stall must last.
+const STOP_BUFFERS: u64 = 16;
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// Measure the back-end that listens here
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Start and measure DPDK's back-end (testpmd with net_vhost)
+    #[arg(long)]
+    dpdk: bool,
+    /// Start and measure our back-end
+    #[arg(long, value_name = "PROGRAM")]
+    backend_bin: Option<PathBuf>,
+    /// Give testpmd hugepages
+    #[arg(long)]
+    hugepages: bool,
+    /// Where packets go; the back-end at --socket must suit it
+    #[arg(long, value_delimiter = ',', default_values = ["tx"])]
+    direction: Vec<Direction>,
+    /// From a fault to its page, in microseconds
+    #[arg(long, value_delimiter = ',', default_values_t = [5000u64])]
+    latency_us: Vec<u64>,
+    /// Bandwidth of the link in bytes per second; 0 is no limit
+    #[arg(long, default_value_t = 0)]
+    bandwidth: u64,
+    /// Pages per second that come without being asked for
+    #[arg(long, default_value_t = 0)]
+    background: u64,
+    /// The rings' own pages are missing too at the start
+    #[arg(long)]
+    rings_missing: bool,
+    /// No page ever comes: is the control socket answered, does the port survive?
+    #[arg(long, conflicts_with = "stops")]
+    never: bool,
+    /// Stop and restart the ring this often in stalls, instead of measuring rates
+    #[arg(long, default_value_t = 0)]
+    stops: usize,
+    /// Packets whose time is wanted
+    #[arg(long, default_value_t = 10_000)]
+    packets: u64,
+    /// Entries of each ring
+    #[arg(long, default_value_t = 256)]
+    ring_size: u16,
+    /// Buffers of each ring, one page each [default: ring size; 16 times that with --stops]
+    #[arg(long)]
+    buffers: Option<u64>,
+    /// Bytes of each frame that the guest sends
+    #[arg(long, default_value_t = 64)]
+    frame: usize,
+    /// Negotiate MRG_RXBUF
+    #[arg(long)]
+    mergeable: bool,
+    /// How long full rate is measured, or how long no page comes with --never
+    #[arg(long, default_value_t = 1000)]
+    steady_ms: u64,
+    /// Give up waiting for the packets after so many seconds
+    #[arg(long, default_value_t = 60)]
+    limit_s: u64,
+    /// Rounds; the sides take turns in each
+    #[arg(long, default_value_t = 1)]
+    rounds: usize,
+    /// Write the JSON report here
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+impl Args {
+    fn sides(&self) -> Result<Vec<Side>> {
+        let mut sides = Vec::new();
+        if let Some(program) = &self.backend_bin {
+            ensure!(program.exists(), "there is no {}", program.display());
+            sides.push(Side::Ours(std::path::absolute(program)?));
+        }
+        if self.dpdk {
+            testpmd::available()?;
+            sides.push(Side::Dpdk(if self.hugepages { Memory::Huge } else { Memory::Ordinary }));
+        }
+        if let Some(path) = &self.socket {
+            sides.push(Side::Socket(path.clone()));
+        }
+        ensure!(!sides.is_empty(), "name a back-end: --socket PATH, --dpdk or --backend-bin PROGRAM");
+        Ok(sides)
+    }
+
+    fn check(&self) -> Result<()> {
+        ensure!(
+            self.ring_size.is_power_of_two() && self.ring_size <= 32_768,
+            "--ring-size is a power of two"
+        );
+        let frames = packet::FRAME_MIN..=packet::FRAME_MAX;
+        ensure!(frames.contains(&self.frame), "--frame is {} to {}", frames.start(), frames.end());
+        let buffers = self.buffers.unwrap_or(u64::from(self.ring_size));
+        ensure!(buffers >= u64::from(self.ring_size), "--buffers must be at least --ring-size");
+        ensure!(
+            buffers % u64::from(self.ring_size) == 0 && buffers <= 1 << 20,
+            "--buffers is a multiple of --ring-size, at most 1048576"
+        );
+        ensure!(self.background <= 10_000_000, "--background is at most 10000000 pages per second");
+        Ok(())
+    }
+
+    fn cases(&self) -> Vec<(String, Case, Link)> {
+        let mut cases = Vec::new();
+        let many = if self.stops > 0 { STOP_BUFFERS } else { 1 };
+        for &direction in &self.direction {
+            for &latency_us in &self.latency_us {
+                let link = Link {
+                    latency_ns: (!self.never).then_some(latency_us * 1000),
+                    bandwidth: self.bandwidth,
+                    background: self.background,
+                };
+                let case = Case {
+                    direction,
+                    link,
+                    ring_size: self.ring_size,
+                    buffers: self.buffers.unwrap_or(many * u64::from(self.ring_size)),
+                    frame: self.frame,
+                    rings_arrived: !self.rings_missing,
+                    mergeable: self.mergeable,
+                    packets: self.packets,
+                    stops: self.stops,
+                    steady: Duration::from_millis(self.steady_ms),
+                    limit: Duration::from_secs(self.limit_s),
+                };
+                cases.push((label(&case), case, link));
+                if self.never {
+                    break;
+                }
+            }
+        }
+        cases
+    }
+}
+
+fn label(case: &Case) -> String {
+    let mut text = format!("{:?}", case.direction).to_lowercase();
+    match case.link.latency_ns {
+        Some(ns) => text += &format!(", {} ms per page", ns as f64 / 1e6),
+        None => text += ", no page ever comes",
+    }
+    match case.link.bandwidth {
+        0 => {}
+        b => text += &format!(", {:.1} MB/s", b as f64 / 1e6),
+    }
+    match case.link.background {
+        0 => {}
+        b => text += &format!(", background {b} pages/s"),
+    }
+    text += &format!(", ring of {}, {} buffers, frames of {} B", case.ring_size, case.buffers, case.frame);
+    if !case.rings_arrived {
+        text += ", rings missing";
+    }
+    if case.stops == 0 && case.link.latency_ns.is_some() {
+        text += &format!(", {} packets", case.packets);
+    }
+    text
+}
+
+pub fn run(args: &Args) -> Result<()> {
+    args.check()?;
+    let sides = args.sides()?;
+    interrupt::install()?;
+    if sides.iter().any(|s| !matches!(s, Side::Socket(_))) {
+        let mut cpus = CpuSet::new();
+        cpus.set(OTHER_CPU)?;
+        sched_setaffinity(Pid::from_raw(0), &cpus).context("this measurement needs two CPUs, 0 and 1")?;
+    }
+    let huge = sides.contains(&Side::Dpdk(Memory::Huge));
+    let _pages = if huge { Some(HugePages::reserve(HUGEPAGES)?) } else { None };
+    let mut report = Report::default();
+    for (label, case, link) in args.cases() {
+        for round in 0..args.rounds {
+            for i in 0..sides.len() {
+                let side = &sides[(i + round) % sides.len()];
+                if let Some(why) = side.objection(case.direction) {
+                    report.note(format!("{} was left out of {label}: {why}", side.name()));
+                    continue;
+                }
+                eprintln!("{label}: round {}/{}: {}", round + 1, args.rounds, side.name());
+                let outcome = one(side, &case);
+                interrupt::check()?;
+                report.add(Row {
+                    side: side.name(),
+                    round: round + 1,
+                    label: label.clone(),
+                    case: case.clone(),
+                    latency_us: link.latency_ns.map(|ns| ns / 1000),
+                    bandwidth: link.bandwidth,
+                    background: link.background,
+                    outcome: outcome.map_err(|e| format!("{e:#}")),
+                });
+            }
+        }
+    }
+    print!("{}", report.text());
+    if let Some(path) = &args.json {
+        std::fs::write(path, report.json()?).with_context(|| path.display().to_string())?;
+        println!("JSON: {}", path.display());
+    }
+    ensure!(report.is_clean(), "not every back-end did what it must (lines with ! above)");
+    Ok(())
+}
+
+/// One case at one side, which is started afresh.
+fn one(side: &Side, case: &Case) -> Result<run::Outcome> {
+    let mut backend = BackEnd::start(side, case.direction)?;
+    let result = run::measure(backend.socket(), case);
+    if let (Err(e), Some(how)) = (&result, backend.ended()) {
+        bail!("{e:#}; {how}");
+    }
+    result
+}

@@ -1,0 +1,148 @@
+//! The back-ends that are measured, as processes on a CPU of their own.
+#![forbid(unsafe_code)]
+
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::driver::Direction;
+use crate::testpmd::{Memory, Testpmd, TestpmdConfig};
+use crate::{interrupt, procstat};
+
+/// The back-end's CPU.
+const BACKEND_CPU: usize = 0;
+const MEMORY_MIB: u32 = 192;
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+const END_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// A contender.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// Whatever listens there; started by somebody else, for the directions that were asked for.
+    Socket(PathBuf),
+    /// testpmd with `net_vhost`, `postcopy-support=1`
+    Dpdk(Memory),
+    /// `vhost-user-net`
+    Ours(PathBuf),
+}
+
+impl Side {
+    /// Short name for tables and JSON.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Socket(_) => "socket",
+            Self::Dpdk(_) => "dpdk",
+            Self::Ours(_) => "ours",
+        }
+    }
+
+    /// Why this side cannot take part in a direction.
+    pub fn objection(&self, direction: Direction) -> Option<&'static str> {
+        (matches!(self, Self::Ours(_)) && direction == Direction::Echo)
+            .then_some("no uplink of ours sends packets back to their sender")
+    }
+}
+
+#[expect(clippy::large_enum_variant, reason = "there is one of them at a time")]
+enum Process {
+    None,
+    Plain(Child),
+    Testpmd(Testpmd),
+}
+
+/// A back-end that listens. Dropping it ends it.
+pub struct BackEnd {
+    process: Process,
+    socket: PathBuf,
+    _folder: Option<tempfile::TempDir>,
+}
+
+impl BackEnd {
+    /// Starts one for packets of a direction.
+    pub fn start(side: &Side, direction: Direction) -> Result<Self> {
+        if let Side::Socket(path) = side {
+            return Ok(Self { process: Process::None, socket: path.clone(), _folder: None });
+        }
+        let folder = tempfile::Builder::new().prefix("vub-").tempdir()?;
+        let socket = folder.path().join("vhost.sock");
+        let path = socket.to_str().context("socket path")?.to_string();
+        let process = match side {
+            Side::Ours(program) => {
+                let uplink = if direction == Direction::Rx { "null:generate" } else { "null" };
+                let mut command = Command::new(program);
+                command.args(["--socket-path", &path, "--uplink", uplink, "--log", "warn"]);
+                Process::Plain(spawn(command, &socket)?)
+            }
+            Side::Dpdk(memory) => {
+                let config = TestpmdConfig {
+                    name: format!("vbp{}", std::process::id()),
+                    cpu: BACKEND_CPU,
+                    vdevs: vec![format!("net_vhost0,iface={path},postcopy-support=1")],
+                    memory: *memory,
+                    memory_mib: MEMORY_MIB,
+                    queue_pairs: 1,
+                    // Its mlockall would fill the guest's memory with zeros.
+                    app_args: vec!["--no-mlockall".into()],
+                };
+                let mut testpmd = Testpmd::start(&config).context("DPDK back-end")?;
+                testpmd.start_forwarding(match direction {
+                    Direction::Tx => "rxonly",
+                    Direction::Rx => "txonly",
+                    Direction::Echo => "io",
+                })?;
+                Process::Testpmd(testpmd)
+            }
+            Side::Socket(_) => Process::None,
+        };
+        Ok(Self { process, socket, _folder: Some(folder) })
+    }
+
+    /// Where it listens.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// How it ended, if it did.
+    pub fn ended(&mut self) -> Option<String> {
+        match &mut self.process {
+            Process::None => None,
+            Process::Plain(child) => {
+                child.try_wait().ok().flatten().map(|s| format!("the back-end ended: {s}"))
+            }
+            Process::Testpmd(testpmd) => testpmd.ended(),
+        }
+    }
+}
+
+fn spawn(mut command: Command, socket: &Path) -> Result<Child> {
+    command.stdin(Stdio::null()).process_group(0);
+    procstat::pin_and_die_with_parent(&mut command, Some(BACKEND_CPU));
+    let mut child = command.spawn().with_context(|| format!("starting {command:?}"))?;
+    interrupt::wait_for("the back-end's socket", START_TIMEOUT, || {
+        ensure!(child.try_wait()?.is_none(), "the back-end ended at once: {command:?}");
+        Ok(socket.exists())
+    })?;
+    Ok(child)
+}
+
+impl Drop for BackEnd {
+    fn drop(&mut self) {
+        // testpmd ends itself when it is dropped.
+        let Process::Plain(child) = &mut self.process else { return };
+        let _ = kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM);
+        let end = Instant::now() + END_TIMEOUT;
+        while matches!(child.try_wait(), Ok(None)) {
+            if Instant::now() > end {
+                let _ = child.kill();
+                let _ = child.wait();
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
