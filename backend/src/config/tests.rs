@@ -183,7 +183,7 @@ const ERRORS: &[(&str, &str, &str)] = &[
     ("fd as socket and tap", "[[port]]\nname='a'\nfd=4\nuplink='tap-fd:4'",
         "ports.toml:1: port 'a': fd 4 is given both as control socket and as tap, give two different ones"),
     ("unknown key", "[[port]]\nsocket='s'\nuplink='null'\nqueues=2",
-        "ports.toml:4: unknown field `queues`, expected one of `name`, `socket`, `fd`, `client`, `uplink`, `queue-pairs`, `mtu`, `mac`, `disable-protocol-features`, correct the file's syntax, keys or types"),
+        "ports.toml:4: unknown field `queues`, expected one of `name`, `socket`, `fd`, `client`, `uplink`, `queue-pairs`, `mtu`, `mac`, `disable-protocol-features`, `postcopy`, `postcopy-multiqueue`, correct the file's syntax, keys or types"),
     ("unknown top key", "threads = 2",
         "ports.toml:1: unknown field `threads`, expected one of `workers`, `log`, `port`, correct the file's syntax, keys or types"),
     ("wrong type", "[[port]]\nsocket='s'\nuplink='null'\nmtu='big'",
@@ -237,4 +237,16 @@ fn uplink_text_round_trips() {
     for text in ["tap:a", "tap:a,up", "tap-fd:3", "tap-fd:3:9:4", "null"] {
         assert_eq!(text.parse::<UplinkSpec>().expect(text).to_string(), text);
     }
+}
+
+#[test]
+fn postcopy_is_a_choice_of_words() {
+    let port = |more: &str| parse(&format!("[[port]]\nsocket = \"/s\"\nuplink = \"null\"\n{more}"));
+    let config = port("postcopy = \"off\"\npostcopy-multiqueue = \"resend\"\nqueue-pairs = 2").unwrap();
+    assert_eq!(config.ports[0].postcopy, Postcopy::Off);
+    assert_eq!(config.ports[0].postcopy_multiqueue, PostcopyMultiqueue::Resend);
+    assert_eq!(
+        port("postcopy = \"maybe\"").unwrap_err(),
+        "ports.toml:4: postcopy is 'maybe', choose one of: auto, on, off"
+    );
 }
