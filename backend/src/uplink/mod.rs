@@ -15,6 +15,7 @@ mod tap_queue;
 mod tap_tests;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod xdp;
 
 use crate::memory::IoVec;
 use std::io;
