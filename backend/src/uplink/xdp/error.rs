@@ -24,6 +24,11 @@ pub enum XdpError {
     /// More ports than can be steered to.
     #[error("xdp:{0}: {1} ports are too many for one interface, use up to {2}")]
     TooManyPorts(String, usize, u32),
+    /// More pairs than can be steered to.
+    #[error(
+        "xdp:{0}: its ports have {1} queue pairs for one receive queue, {2} are the most: use fewer, or more queues"
+    )]
+    TooManySockets(String, u32, u32),
     /// Frames would not fit.
     #[error("xdp:{0}: its MTU of {1} is too large for AF_XDP, {2} is the largest: `ip link set {0} mtu {2}`")]
     MtuTooLarge(String, u32, u32),
@@ -58,8 +63,8 @@ pub enum XdpError {
     )]
     Locked(String, u32, io::Error),
     /// The program.
-    #[error("xdp:{0}: {1}")]
-    Program(String, ProgramError),
+    #[error(transparent)]
+    Program(#[from] ProgramError),
     /// Some other call failed.
     #[error("xdp:{0}: {1}: {2}")]
     Call(String, &'static str, io::Error),
@@ -72,11 +77,6 @@ impl XdpError {
             Some(libc::ENODEV) => Self::NoInterface(name.into()),
             _ => Self::Call(name.into(), "looking the interface up", error),
         }
-    }
-
-    /// The program was not attached, or a map of its not changed.
-    pub(super) fn program(name: &str, error: ProgramError) -> Self {
-        Self::Program(name.into(), error)
     }
 
     /// A socket was not made.

@@ -18,6 +18,7 @@ mod frames;
 mod inbox;
 mod interface;
 mod nic;
+mod nic_queue;
 mod pace;
 mod port;
 pub mod program;

@@ -1,39 +1,24 @@
 //! An interface with its NIC queues and all its ports' sockets, shared by the ports.
 //!
 //! Here: opening it, which sockets take part in the steering, addresses that are learned, copies for local ports.
-//! Everything but opening is quick: some map updates. Not here: a port as the rest of the program sees it (`port`), its
+//! Everything but opening is quick: some map updates at most. Not here: a port as the rest of the program sees it (`port`), its
 //! queues at work (`queue`).
+#![forbid(unsafe_code)]
 
 use super::error::XdpError;
-use super::frames::{Frames, Quotas};
 use super::inbox::{Inbox, Reader};
 use super::interface::Interface;
-use super::program::{Mode, Options, XdpProgram};
-use super::rings::{Consumer, Producer};
-use super::socket::{Descriptor, Losses, Socket, SocketError, ZeroCopy};
+use super::nic_queue::{Lane, Made, NicQueue, make_queues};
+use super::program::{Mode, Options, SLOTS_MAX, XdpProgram};
+use super::socket::{Losses, Socket, ZeroCopy};
 use super::switch::{Learned, Link, Mac, Rules, Table};
 use super::topology::Topology;
-use super::umem::{LINK_BYTES, MTU_MAX, Umem, frame_size};
+use super::umem::{LINK_BYTES, MTU_MAX, frame_size};
 use ebpf_common::xdp::{FLOOD_SLOT, PORTS_MAX, QUEUES_MAX, Steer};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
-
-/// Entries of a socket's RX ring, where few sockets share a NIC queue.
-const RX_RING: u32 = 1024;
-/// Frames that a sending socket has, likewise.
-const TX_FRAMES: u32 = 1024;
-/// Sockets of one NIC queue after which each has less.
-const FEW: u32 = 8;
-/// Entries and frames then.
-const RING_SMALL: u32 = 256;
-/// Frames that FILL holds in any case.
-const FILL_RESERVE: u32 = 1024;
-/// Frames that a pair takes off its RX ring at once.
-pub const BURST: u32 = 64;
-/// Frames that a pair can hold beyond its RX ring: taken off it, or on the way back to FILL.
-const AT_HAND: u32 = 2 * BURST;
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 /// What all ports of an interface share, as they were told.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -93,64 +78,6 @@ impl PortState {
     }
 }
 
-/// Memory, FILL and COMPLETION of a NIC queue: one worker uses them.
-pub struct NicQueue {
-    /// Its number.
-    pub number: u32,
-    /// The frames.
-    pub umem: Arc<Umem>,
-    first: Socket,
-    rings: Mutex<Rings>,
-}
-
-/// The rings of a NIC queue that all its sockets share, and those of its first socket, which takes broadcasts.
-pub struct Rings {
-    /// Frames for the kernel to receive into.
-    pub fill: Producer<u64>,
-    /// Free frames for sending.
-    pub frames: Frames,
-    /// Broadcast and multicast.
-    pub flood: Consumer<Descriptor>,
-    completion: Consumer<u64>,
-}
-
-impl NicQueue {
-    /// The shared rings. The lock is free, since one worker serves the queue; it is taken once a burst.
-    #[inline]
-    pub fn rings(&self) -> MutexGuard<'_, Rings> {
-        self.rings.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// What turns readable when a broadcast has come.
-    pub fn flood_fd(&self) -> &Arc<OwnedFd> {
-        self.first.fd()
-    }
-}
-
-impl Rings {
-    /// Takes back the frames that were sent.
-    #[inline]
-    pub fn reap(&mut self, umem: &Umem) {
-        let frames = &mut self.frames;
-        self.completion.take(u32::MAX, |address| {
-            let known = frames.give_back(umem.locate(address).0);
-            debug_assert!(known, "the kernel completed frame {address:#x} that is not with it");
-        });
-    }
-}
-
-/// A pair's socket on a NIC queue, as its queue gets it.
-pub struct Lane {
-    /// The NIC queue.
-    pub queue: Arc<NicQueue>,
-    /// The socket.
-    pub socket: Arc<Socket>,
-    /// What it receives.
-    pub rx: Consumer<Descriptor>,
-    /// What it sends, and whose frames those are; only where it sends.
-    pub tx: Option<(Producer<Descriptor>, u32)>,
-}
-
 /// What a pair's queue is made of.
 pub struct PairParts {
     /// Its sockets.
@@ -177,6 +104,8 @@ pub struct Nic {
     /// Changes of the steering take turns.
     steering: Mutex<()>,
     gone: AtomicBool,
+    /// The steering still knows addresses of an earlier process.
+    has_old: AtomicBool,
 }
 
 impl Nic {
@@ -201,6 +130,9 @@ impl Nic {
             return Err(XdpError::TooManyPorts(name.into(), ports.len(), PORTS_MAX));
         }
         let topology = Topology { queues, pairs: ports.iter().map(|port| port.pairs).collect() };
+        if topology.slots() > SLOTS_MAX {
+            return Err(XdpError::TooManySockets(name.into(), topology.slots() - 1, SLOTS_MAX - 1));
+        }
         let program = XdpProgram::attach(&Options {
             interface: name.into(),
             index: interface.index(),
@@ -210,16 +142,15 @@ impl Nic {
             slots: topology.slots(),
             flood: ports.iter().any(|port| port.rules.flood),
             replace: options.replace,
-        })
-        .map_err(|error| XdpError::program(name, error))?;
+        })?;
         let table = Table::new(ports.iter().map(|port| port.rules).collect());
         for (key, port) in table.addresses() {
-            program.set_mac(key, Some(port)).map_err(|error| XdpError::program(name, error))?;
+            program.set_mac(key, Some(port)).map_err(call("giving a port its address"))?;
         }
-        let made = make_queues(&interface, &topology, size, options.zero_copy)?;
+        let Made { queues, sockets, lanes } = make_queues(&interface, &topology, size, options.zero_copy)?;
         let mut states = Vec::new();
         let mut parts = Vec::new();
-        let mut lanes = made.lanes.into_iter();
+        let mut lanes = lanes.into_iter();
         for (index, port) in (0..).zip(ports) {
             let mut inboxes = Vec::new();
             let mut pairs = Vec::new();
@@ -240,18 +171,21 @@ impl Nic {
             }));
             parts.push(pairs);
         }
+        let has_old = program.was_pinned();
         let nic = Self {
             interface,
             topology,
             ports: states,
             mtu: mtu as u16,
             program,
-            queues: made.queues,
-            sockets: made.sockets,
+            queues,
+            sockets,
             table: RwLock::new(table),
             steering: Mutex::new(()),
             gone: AtomicBool::new(false),
+            has_old: AtomicBool::new(has_old),
         };
+        nic.forget_old().map_err(call("forgetting old addresses"))?;
         Ok((Arc::new(nic), parts))
     }
 
@@ -260,11 +194,11 @@ impl Nic {
         let copies =
             if self.queues.iter().all(|queue| queue.first.is_zero_copy()) { "zero-copy" } else { "copy" };
         let pinned = if self.program.was_pinned() { ", program found attached" } else { "" };
-        format!(
-            "{} mode, {copies}, {} receive queue(s){pinned}",
-            self.program.attached_mode(),
-            self.queues.len()
-        )
+        let mode = match self.program.attached_mode() {
+            Mode::Skb => "skb",
+            _ => "native",
+        };
+        format!("{mode} mode, {copies}, {} receive queue(s){pinned}", self.queues.len())
     }
 
     /// Lets a pair take part in the steering, or takes it out: its port's sockets that take part stand together from the
@@ -281,19 +215,33 @@ impl Nic {
         if active && port.stale.swap(false, Ordering::Relaxed) {
             // Another guest, maybe: it shows its own addresses.
             let forgotten = self.table.write().unwrap_or_else(PoisonError::into_inner).forget(port.index);
-            forgotten
-                .into_iter()
-                .try_for_each(|key| self.program.set_mac(key, None))
-                .map_err(io::Error::other)?;
+            forgotten.into_iter().try_for_each(|key| self.program.set_mac(key, None))?;
         }
         live.store(active, Ordering::Relaxed);
         for queue in self.topology.queues_of(port.index as usize, pair.into()) {
-            self.steer(port, queue).map_err(io::Error::other)?;
+            self.steer(port, queue)?;
+        }
+        self.forget_old()
+    }
+
+    /// Lets go of addresses that an earlier process has left, once each port has shown its own: until then their frames
+    /// are dropped, and do not reach the stack.
+    fn forget_old(&self) -> io::Result<()> {
+        if !self.has_old.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let all = {
+            let table = self.table();
+            self.ports.iter().all(|port| table.addresses().any(|(_, owner)| owner == port.index))
+        };
+        if all {
+            self.has_old.store(false, Ordering::Relaxed);
+            self.program.forget_old_macs()?;
         }
         Ok(())
     }
 
-    fn steer(&self, port: &PortState, queue: u32) -> Result<(), super::program::ProgramError> {
+    fn steer(&self, port: &PortState, queue: u32) -> io::Result<()> {
         let slots = self.topology.slots_of(port.index as usize);
         let is_live = |port: &PortState, pair: u32| port.live[pair as usize].load(Ordering::Relaxed);
         let sockets = &self.sockets[port.index as usize][queue as usize];
@@ -423,80 +371,4 @@ fn count_queues(interface: &Interface, wish: Option<u32>) -> Result<u32, XdpErro
         (None, Some(has)) if has > QUEUES_MAX => Err(XdpError::ManyQueues(name.into(), has, QUEUES_MAX)),
         (None, has) => Ok(has.unwrap_or(1)),
     }
-}
-
-struct Made {
-    queues: Vec<Arc<NicQueue>>,
-    sockets: Vec<Vec<Vec<(u32, Arc<Socket>)>>>,
-    /// Of all pairs of all ports, in order.
-    lanes: Vec<Vec<Lane>>,
-}
-
-/// Makes memory and sockets of all NIC queues.
-fn make_queues(
-    interface: &Interface,
-    topology: &Topology,
-    frame_size: u32,
-    zero_copy: ZeroCopy,
-) -> Result<Made, XdpError> {
-    let name = interface.name();
-    let failed = |error: SocketError| XdpError::socket(name, error);
-    let ports = topology.pairs.len();
-    let mut lanes: Vec<Vec<Vec<Lane>>> =
-        topology.pairs.iter().map(|pairs| (0..*pairs).map(|_| Vec::new()).collect()).collect();
-    let mut sockets = vec![vec![Vec::new(); topology.queues as usize]; ports];
-    let mut queues = Vec::new();
-    for number in 0..topology.queues {
-        let members: Vec<(usize, u32)> = (0..ports)
-            .flat_map(|port| topology.pairs_on(port, number).map(move |pair| (port, pair)))
-            .collect();
-        let senders =
-            members.iter().filter(|(port, pair)| topology.sends_on(*port, *pair) == number).count() as u32;
-        let few = members.len() as u32 <= FEW;
-        let rx_ring = if few { RX_RING } else { RING_SMALL };
-        let tx_frames = if few { TX_FRAMES } else { RING_SMALL };
-        let quotas = Quotas {
-            reserve: FILL_RESERVE,
-            receivers: members.len() as u32 + 1,
-            per_receiver: rx_ring + AT_HAND,
-            senders,
-            per_sender: tx_frames,
-        };
-        let umem = Umem::new(quotas.total(), frame_size)
-            .map_err(|error| XdpError::Memory(name.into(), quotas.total() * (frame_size >> 10), error))?;
-        let umem = Arc::new(umem);
-        let first = Socket::new().map_err(failed)?;
-        let fill_size = quotas.receive().next_power_of_two();
-        let completion_size = quotas.send().max(1).next_power_of_two();
-        let (mut fill, completion) = first
-            .register(&umem, fill_size, completion_size)
-            .map_err(|error| XdpError::register(name, quotas.total() * (frame_size >> 10), error))?;
-        let flood = first.receive_ring(rx_ring, &umem).map_err(failed)?;
-        first
-            .bind(interface.index(), number, zero_copy)
-            .map_err(|error| XdpError::bind(name, number, error))?;
-        (0..quotas.receive()).for_each(|frame| {
-            fill.push(umem.address(frame, 0));
-        });
-        fill.publish();
-        let rings = Rings { fill, frames: Frames::new(quotas), flood, completion };
-        let queue = Arc::new(NicQueue { number, umem: umem.clone(), first, rings: Mutex::new(rings) });
-        let mut sender = 0;
-        for (port, pair) in members {
-            let socket = Socket::new().map_err(failed)?;
-            let rx = socket.receive_ring(rx_ring, &umem).map_err(failed)?;
-            let tx = if topology.sends_on(port, pair) == number {
-                sender += 1;
-                Some((socket.send_ring(tx_frames.next_power_of_two(), &umem).map_err(failed)?, sender - 1))
-            } else {
-                None
-            };
-            socket.bind_shared(interface.index(), number, &queue.first).map_err(failed)?;
-            let socket = Arc::new(socket);
-            sockets[port][number as usize].push((pair, socket.clone()));
-            lanes[port][pair as usize].push(Lane { queue: queue.clone(), socket, rx, tx });
-        }
-        queues.push(queue);
-    }
-    Ok(Made { queues, sockets, lanes: lanes.into_iter().flatten().collect() })
 }

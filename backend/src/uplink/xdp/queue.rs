@@ -9,7 +9,8 @@
 
 use super::checksum;
 use super::inbox::Reader;
-use super::nic::{BURST, Lane, Nic, PairParts, PortState};
+use super::nic::{Nic, PairParts, PortState};
+use super::nic_queue::{BURST, Lane};
 use super::pace::Pace;
 use super::socket::descriptor;
 use super::switch::{Learned, Link, Mac, Route, may_send};
