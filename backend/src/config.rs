@@ -503,7 +503,7 @@ fn exclusive_things(port: &PortConfig) -> Vec<String> {
                 format!("address {mac}{vlan} on xdp:{}", xdp.interface)
             }));
         }
-        UplinkSpec::Null => {}
+        UplinkSpec::Null { .. } => {}
     }
     things
 }

@@ -13,7 +13,7 @@ use crate::port::helper::Helper;
 use crate::port::{MEM_SLOTS_MAX, MEM_SLOTS_MIN, Port};
 use crate::postcopy::uffd::{UffdError, Userfaultfd};
 use crate::reactor::{Done, Mailbox, Reactor, SetupError};
-use crate::uplink::null::{Null, NullQueue};
+use crate::uplink::null::Null;
 use crate::uplink::tap::{Tap, TapError};
 use crate::uplink::xdp::{self, NicOptions, PortOptions, Rules, XdpError};
 use crate::uplink::{Uplink, UplinkQueue};
@@ -151,12 +151,19 @@ fn open_interface(
     Ok(ids.into_iter().zip(uplinks).collect())
 }
 
+type WholeUplink = (Arc<dyn Uplink>, Vec<Box<dyn UplinkQueue>>);
+
+fn open_null(queue_pairs: u16, generate: Option<u16>) -> Result<WholeUplink, DaemonError> {
+    let null = Null::new(generate);
+    let queues = null.queues(queue_pairs).map_err(|error| DaemonError::System("eventfd", error))?;
+    Ok((Arc::new(null), boxed(queues)))
+}
+
 /// Opens an uplink that a port has for itself.
-fn open_own(port: &PortConfig) -> Result<(Arc<dyn Uplink>, Vec<Box<dyn UplinkQueue>>), DaemonError> {
+fn open_own(port: &PortConfig) -> Result<WholeUplink, DaemonError> {
     let tap = match &port.uplink {
-        UplinkSpec::Null | UplinkSpec::Xdp(_) => {
-            return Ok((Arc::new(Null), boxed((0..port.queue_pairs).map(|_| NullQueue))));
-        }
+        UplinkSpec::Null { generate } => return open_null(port.queue_pairs, *generate),
+        UplinkSpec::Xdp(_) => return open_null(port.queue_pairs, None),
         UplinkSpec::Tap { name, .. } => Tap::open(name, port.queue_pairs, port.mtu),
         UplinkSpec::TapFds(fds) => Tap::inherit(fds, port.mtu),
     };

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 use super::xdp_spec::{XdpProblem, XdpSpec};
+use crate::uplink::null::{GENERATED_MAX, GENERATED_MIN};
 use std::fmt;
 use std::os::fd::RawFd;
 use std::str::FromStr;
@@ -25,8 +26,11 @@ pub enum UplinkSpec {
     TapFds(Vec<RawFd>),
     /// AF_XDP sockets on an interface, which ports may share.
     Xdp(XdpSpec),
-    /// Counts and drops what the guest sends, and sends nothing.
-    Null,
+    /// Counts and drops what the guest sends.
+    Null {
+        /// Frames of so many bytes are made for the guest, as fast as it takes them.
+        generate: Option<u16>,
+    },
 }
 
 /// What is wrong with an uplink's text.
@@ -52,8 +56,10 @@ pub enum UplinkProblem {
     /// The options of an XDP uplink.
     #[error(transparent)]
     Xdp(#[from] XdpProblem),
-    /// Text after `null`.
-    #[error("uplink null takes no options, drop '{0}'")]
+    /// Text after `null` that means nothing.
+    #[error(
+        "uplink null does not know '{0}', it is null, null:generate or null:generate=BYTES with {GENERATED_MIN} to {GENERATED_MAX} bytes"
+    )]
     NullOption(String),
 }
 
@@ -67,11 +73,30 @@ impl FromStr for UplinkSpec {
             "tap" => tap(rest.strip_prefix(':').unwrap_or("")),
             "tap-fd" => tap_fds(rest.strip_prefix(':').unwrap_or(rest)),
             "xdp" => Ok(Self::Xdp(rest.strip_prefix(':').unwrap_or("").parse()?)),
-            "null" if rest.is_empty() => Ok(Self::Null),
-            "null" => Err(UplinkProblem::NullOption(rest.to_owned())),
+            "null" => null(rest),
             _ => Err(UplinkProblem::Kind(text.to_owned())),
         }
     }
+}
+
+/// Bytes of frames that are made if nothing else is said.
+const GENERATED: u16 = 64;
+
+fn null(rest: &str) -> Result<UplinkSpec, UplinkProblem> {
+    let bad = || UplinkProblem::NullOption(rest.to_owned());
+    let generate = match rest.split_once('=') {
+        None if rest.is_empty() => None,
+        None if rest == ":generate" => Some(GENERATED),
+        Some((":generate", bytes)) => {
+            let bytes = bytes.parse().map_err(|_| bad())?;
+            Some(bytes)
+                .filter(|bytes| (GENERATED_MIN..=GENERATED_MAX).contains(bytes))
+                .map(Some)
+                .ok_or_else(bad)?
+        }
+        _ => return Err(bad()),
+    };
+    Ok(UplinkSpec::Null { generate })
 }
 
 fn tap(text: &str) -> Result<UplinkSpec, UplinkProblem> {
@@ -120,7 +145,8 @@ impl fmt::Display for UplinkSpec {
                 fds.iter().try_for_each(|fd| write!(f, ":{fd}"))
             }
             Self::Xdp(xdp) => write!(f, "xdp:{xdp}"),
-            Self::Null => write!(f, "null"),
+            Self::Null { generate: None } => write!(f, "null"),
+            Self::Null { generate: Some(bytes) } => write!(f, "null:generate={bytes}"),
         }
     }
 }
