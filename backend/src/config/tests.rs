@@ -167,7 +167,7 @@ const ERRORS: &[(&str, &str, &str)] = &[
     ("tap-fd twice", "[[port]]\nsocket='s'\nuplink='tap-fd:3:3'",
         "ports.toml:3: tap-fd has fd 3 twice, give each queue pair its own"),
     ("null option", "[[port]]\nsocket='s'\nuplink='null:fast'",
-        "ports.toml:3: uplink null does not know ':fast', it is null, null:generate or null:generate=BYTES with 22 to 9014 bytes"),
+        "ports.toml:3: uplink null does not know ':fast', it is null, null:generate or null:generate=BYTES with 60 to 9014 bytes"),
     ("tap-fd count", "[[port]]\nname='a'\nsocket='s'\nuplink='tap-fd:3'\nqueue-pairs=2",
         "ports.toml:1: port 'a': 2 queue pairs need 2 tap fds, but the uplink has 1: give one tap-fd per queue pair"),
     ("pairs without mq", "[[port]]\nsocket='s'\nuplink='null'\nqueue-pairs=2\ndisable-protocol-features=['mq']",
@@ -261,12 +261,13 @@ fn postcopy_is_a_choice_of_words() {
 
 #[test]
 fn the_null_uplink_may_make_frames() {
-    for (text, generate) in [("null", None), ("null:generate", Some(64)), ("null:generate=1500", Some(1500))] {
+    for (text, generate) in [("null", None), ("null:generate", Some(64)), ("null:generate=1500", Some(1500))]
+    {
         let spec: UplinkSpec = text.parse().unwrap();
         assert_eq!(spec, UplinkSpec::Null { generate });
         assert_eq!(spec.to_string().parse(), Ok(spec));
     }
-    for text in ["null:generate=21", "null:generate=9015", "null:generate=", "null:make", "null,generate"] {
+    for text in ["null:generate=59", "null:generate=9015", "null:generate=", "null:make", "null,generate"] {
         text.parse::<UplinkSpec>().unwrap_err();
     }
 }

@@ -12,12 +12,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Longest virtio-net header, bytes.
 const HEADER_MAX: usize = 12;
-/// Shortest frame that is made: addresses, type, and the number it carries, bytes.
-pub const GENERATED_MIN: u16 = 22;
+/// Shortest frame that is made, bytes (Ethernet's shortest, less its checksum).
+pub const GENERATED_MIN: u16 = 60;
 /// Longest frame that is made, bytes.
 pub const GENERATED_MAX: u16 = 9014;
-/// Link header of frames that are made: unicast, and of the type for local experiments (IEEE Std 802, 0x88b5).
-const LINK_HEADER: [u8; 14] = [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x88, 0xb5];
+/// Where a frame carries its number: behind Ethernet, IPv4 and UDP headers, bytes.
+const NUMBER: usize = 14 + 20 + 8;
 
 /// Drops everything.
 pub struct Null {
@@ -54,8 +54,8 @@ impl Null {
             NullQueue { header_len: self.header_len.clone(), frame: Vec::new(), made: 0, ready: Vec::new() };
         if let Some(len) = self.generate {
             let len = len.clamp(GENERATED_MIN, GENERATED_MAX);
-            queue.frame = vec![0; HEADER_MAX + usize::from(len)];
-            queue.frame[HEADER_MAX..][..LINK_HEADER.len()].copy_from_slice(&LINK_HEADER);
+            queue.frame = vec![0; HEADER_MAX];
+            queue.frame.extend(udp_frame(len));
             let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
             queue.ready.push(Arc::new(EventFd::from_value_and_flags(1, flags)?.into()));
         }
@@ -100,10 +100,26 @@ impl UplinkQueue for NullQueue {
             return Err(ReceiveError::Empty);
         }
         self.made += 1;
-        self.frame[HEADER_MAX + LINK_HEADER.len()..][..8].copy_from_slice(&self.made.to_le_bytes());
+        self.frame[HEADER_MAX + NUMBER..][..8].copy_from_slice(&self.made.to_le_bytes());
         let frame = &self.frame[HEADER_MAX - self.header_len.load(Ordering::Relaxed)..];
         // SAFETY: buffers that are received into are guest memory, or ours and borrowed mutably.
         unsafe { scatter(buffers, frame) };
         Ok(frame.len())
     }
+}
+
+/// A UDP datagram between addresses for benchmarks (RFC 2544), `len` bytes with its link header; no byte of its payload
+/// is 0, but for the number.
+fn udp_frame(len: u16) -> Vec<u8> {
+    let mut frame = vec![0x55; usize::from(len)];
+    frame[..14].copy_from_slice(&[2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0]);
+    let mut ip = [0x45, 0, 0, 0, 0, 0, 0, 0, 64, 17, 0, 0, 198, 18, 0, 1, 198, 18, 0, 2];
+    ip[2..4].copy_from_slice(&(len - 14).to_be_bytes());
+    let sum: u32 = ip.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    ip[10..12].copy_from_slice(&(!((sum & 0xffff) + (sum >> 16)) as u16).to_be_bytes());
+    frame[14..34].copy_from_slice(&ip);
+    // Ports 9 (discard); no checksum.
+    let length = (len - 34).to_be_bytes();
+    frame[34..NUMBER].copy_from_slice(&[0, 9, 0, 9, length[0], length[1], 0, 0]);
+    frame
 }
