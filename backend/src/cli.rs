@@ -20,6 +20,7 @@ const EXAMPLES: &str = "\
 Examples:
   vhost-user-net --socket-path /run/vm1.sock --uplink tap:vm1,up
   vhost-user-net --socket-path /run/qemu.sock --client --uplink tap-fd:3
+  vhost-user-net --socket-path /run/vm2.sock --uplink xdp:eth1,queues=2 --queue-pairs 2
   vhost-user-net --config /etc/vhost-user-net.toml --check-config
 
 The log goes to stderr; SIGTERM ends the program cleanly.";
@@ -40,7 +41,7 @@ struct Options {
     #[arg(long)]
     client: bool,
 
-    /// Where packets go: tap:NAME[,up] | tap-fd:N[:N...] (one per queue pair) | null (count and drop)
+    /// Where packets go: tap:NAME[,up] | tap-fd:N[:N...] (one per queue pair) | xdp:INTERFACE[,OPTION...] | null (count and drop)
     #[arg(long, value_name = "UPLINK")]
     uplink: Option<UplinkSpec>,
 
@@ -68,13 +69,22 @@ struct Options {
     #[arg(long, value_name = "FEATURE", value_parser = config::protocol_feature)]
     disable_protocol_feature: Vec<u64>,
 
+    /// Offer postcopy migration: auto (where userfaultfd can be had), on, off [default: auto]
+    #[arg(long, value_name = "WHEN", value_parser = config::postcopy)]
+    postcopy: Option<config::Postcopy>,
+
+    /// Offer it with several queue pairs, too: off, or resend (works around QEMU, up to 10.2) [default: off]
+    #[arg(long, value_name = "HOW", value_parser = config::postcopy_multiqueue)]
+    postcopy_multiqueue: Option<config::PostcopyMultiqueue>,
+
     /// Log level or filter; goes before RUST_LOG [default: info]
     #[arg(long, value_name = "LEVEL", value_parser = config::log_filter)]
     log: Option<String>,
 
     /// Read ports from this TOML file instead of from options
     #[arg(long, value_name = "FILE", conflicts_with_all = ["socket_path", "fd", "client", "uplink",
-        "queue_pairs", "mtu", "mac", "name", "disable_protocol_feature"])]
+        "queue_pairs", "mtu", "mac", "name", "disable_protocol_feature",
+        "postcopy", "postcopy_multiqueue"])]
     config: Option<PathBuf>,
 
     /// Check options and configuration, print a line for each port, and exit
@@ -225,13 +235,15 @@ fn single_port(options: Options) -> Result<Config, Problem> {
     let port = PortConfig {
         name: options.name.unwrap_or_else(|| config::default_name(&endpoint)),
         endpoint,
-        uplink: options
-            .uplink
-            .ok_or(Problem::UplinkMissing("--uplink tap:NAME, --uplink tap-fd:N, --uplink null"))?,
+        uplink: options.uplink.ok_or(Problem::UplinkMissing(
+            "--uplink tap:NAME, --uplink tap-fd:N, --uplink xdp:INTERFACE, --uplink null",
+        ))?,
         queue_pairs: options.queue_pairs.unwrap_or(1),
         mtu: options.mtu,
         mac: options.mac,
         disabled_protocol_features: options.disable_protocol_feature.iter().fold(0, |mask, bit| mask | bit),
+        postcopy: options.postcopy.unwrap_or_default(),
+        postcopy_multiqueue: options.postcopy_multiqueue.unwrap_or_default(),
     };
     config::check_port(&port)?;
     let ports = vec![port];

@@ -10,6 +10,7 @@ pub mod daemon;
 pub mod memory;
 pub mod net;
 pub mod port;
+pub mod postcopy;
 pub mod reactor;
 pub mod session;
 pub mod uplink;

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::*;
-use crate::config::Endpoint;
+use crate::config::{Endpoint, Postcopy, PostcopyMultiqueue};
 
 fn run(line: &str) -> Result<Command, CliError> {
     parse_from(std::iter::once("vhost-user-net").chain(line.split_whitespace()))
@@ -30,6 +30,8 @@ fn one_port_from_options() {
         mtu: Some(1400),
         mac: Some([0x52, 0x54, 0, 0x12, 0x34, 0x56]),
         disabled_protocol_features: 1 << 2 | 1 << 4,
+        postcopy: Postcopy::Auto,
+        postcopy_multiqueue: PostcopyMultiqueue::Off,
     };
     assert_eq!(config, Config { workers: 2, log: Some("debug".into()), ports: vec![port] });
 }
@@ -89,13 +91,13 @@ const ERRORS: &[(&str, &str)] = &[
     ("--socket-path a --fd 3 --uplink null", "a socket path and an inherited fd exclude each other, keep one"),
     ("--fd 3 --client --uplink null",
         "client mode connects to a socket's path, it cannot be used with an inherited fd: drop one"),
-    ("--socket-path a", "no uplink, add one of: --uplink tap:NAME, --uplink tap-fd:N, --uplink null"),
+    ("--socket-path a", "no uplink, add one of: --uplink tap:NAME, --uplink tap-fd:N, --uplink xdp:INTERFACE, --uplink null"),
     ("--socket-path= --uplink null",
         "error: invalid value '' for '--socket-path <PATH>': the socket's path is empty, give the path of a Unix socket"),
     ("--fd x --uplink null", "error: invalid value 'x' for '--fd <N>': 'x' is not a whole number"),
     ("--fd=-1 --uplink null", "error: invalid value '-1' for '--fd <N>': fd is -1, choose a number from 0 to 2147483647"),
-    ("--fd 3 --uplink xdp:eth0",
-        "error: invalid value 'xdp:eth0' for '--uplink <UPLINK>': uplink 'xdp:eth0' is unknown, use tap:NAME, tap-fd:N or null"),
+    ("--fd 3 --uplink dpdk:eth0",
+        "error: invalid value 'dpdk:eth0' for '--uplink <UPLINK>': uplink 'dpdk:eth0' is unknown, use tap:NAME, tap-fd:N, xdp:INTERFACE or null"),
     ("--fd 3 --uplink null --queue-pairs 0",
         "error: invalid value '0' for '--queue-pairs <N>': queue-pairs is 0, choose a number from 1 to 128"),
     ("--fd 3 --uplink null --workers 65",

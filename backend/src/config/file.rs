@@ -64,6 +64,8 @@ struct Port {
     mac: Option<Spanned<String>>,
     #[serde(default)]
     disable_protocol_features: Vec<Spanned<String>>,
+    postcopy: Option<Spanned<String>>,
+    postcopy_multiqueue: Option<Spanned<String>>,
 }
 
 /// Reads and checks a configuration file.
@@ -146,12 +148,16 @@ fn build_port(port: &Port) -> Result<PortConfig, Placed> {
     let built = PortConfig {
         name: name.unwrap_or_else(|| super::default_name(&endpoint)),
         endpoint,
-        uplink: uplink
-            .ok_or(whole(Problem::UplinkMissing("uplink = \"tap:NAME\", \"tap-fd:N\", \"null\"")))?,
+        uplink: uplink.ok_or(whole(Problem::UplinkMissing(
+            "uplink = \"tap:NAME\", \"tap-fd:N\", \"xdp:INTERFACE\", \"null\"",
+        )))?,
         queue_pairs: checked(&port.queue_pairs, |n| super::queue_pairs(*n))?.unwrap_or(1),
         mtu: checked(&port.mtu, |n| super::mtu(*n))?,
         mac: checked(&port.mac, |m| super::mac(m))?,
         disabled_protocol_features,
+        postcopy: checked(&port.postcopy, |text| super::postcopy(text))?.unwrap_or_default(),
+        postcopy_multiqueue: checked(&port.postcopy_multiqueue, |text| super::postcopy_multiqueue(text))?
+            .unwrap_or_default(),
     };
     super::check_port(&built).map_err(whole)?;
     Ok(built)

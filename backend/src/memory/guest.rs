@@ -35,6 +35,9 @@ struct Region {
     /// Guest-physical address of the first byte.
     start: u64,
     size: u64,
+    /// The size again if everything is present, else 0: so that the search for a region that need not be asked about its
+    /// pages passes this one over, and costs no more than a search.
+    whole: u64,
     host: NonNull<u8>,
     /// None = everything is present.
     residency: Option<Arc<ResidencyMap>>,
@@ -65,19 +68,17 @@ pub(super) struct Found<'a> {
 impl Region {
     /// The part of `len` bytes at `gpa` that this region holds; `gpa` lies in it.
     #[inline]
-    fn piece(&self, gpa: u64, len: u64) -> Result<Piece, MissingRange> {
+    fn piece(&self, gpa: u64, len: u64) -> Piece {
         let offset = gpa - self.start;
-        let len = len.min(self.size - offset);
-        if let Some(map) = &self.residency {
-            self.check_present(map, offset..offset + len)?;
-        }
         // SAFETY: `offset < size`, and `host` is the start of a mapping of `size` bytes.
-        Ok(Piece { host: unsafe { self.host.add(offset as usize) }, len })
+        Piece { host: unsafe { self.host.add(offset as usize) }, len: len.min(self.size - offset) }
     }
 
-    #[cold]
-    fn check_present(&self, map: &ResidencyMap, range: Range<u64>) -> Result<(), MissingRange> {
-        match map.first_missing(range) {
+    /// Whether all of that part is present.
+    fn check_present(&self, gpa: u64, len: u64) -> Result<(), MissingRange> {
+        let offset = gpa - self.start;
+        let range: Range<u64> = offset..offset + len.min(self.size - offset);
+        match self.residency.as_ref().and_then(|map| map.first_missing(range)) {
             None => Ok(()),
             Some(gap) => Err(MissingRange { gpa: self.start + gap.start, len: gap.end - gap.start }),
         }
@@ -105,6 +106,7 @@ impl GuestMemory {
             .map(|(mapping, m)| Region {
                 start: m.spec().guest_phys,
                 size: m.spec().size,
+                whole: m.spec().size,
                 host: m.host(),
                 residency: None,
                 mapping,
@@ -125,6 +127,7 @@ impl GuestMemory {
         let mut table = Table::clone(&self.table);
         for region in &mut table.regions {
             region.residency = maps.get(region.mapping).cloned().flatten();
+            region.whole = if region.residency.is_some() { 0 } else { region.size };
         }
         Self { table: Arc::new(table) }
     }
@@ -214,6 +217,35 @@ impl GuestMemory {
         self.for_each_piece(gpa, u64::from(len), |_| Ok(()))
     }
 
+    /// Whether pages may be missing: false outside postcopy.
+    #[inline]
+    pub fn is_incomplete(&self) -> bool {
+        self.table.regions.iter().any(|region| region.residency.is_some())
+    }
+
+    /// Calls `visit` for each run of missing pages that `len` bytes at `gpa` meet. Bytes outside guest memory are passed
+    /// over.
+    pub fn for_each_missing(&self, gpa: u64, len: u64, mut visit: impl FnMut(MissingRange)) {
+        let end = gpa.saturating_add(len);
+        let mut at = gpa;
+        while at < end {
+            let Some(region) = self.table.find(at, |region| region.size) else { return };
+            let region_end = region.start + region.size;
+            let stop = end.min(region_end) - region.start;
+            let mut offset = at - region.start;
+            while let Some(gap) = region.residency.as_ref().and_then(|map| map.first_missing(offset..stop)) {
+                visit(MissingRange { gpa: region.start + gap.start, len: gap.end - gap.start });
+                offset = gap.end;
+            }
+            at = region_end;
+        }
+    }
+
+    /// Which mapping holds `gpa` (its place in [`Self::mappings`]), and how far from the mapping's start, bytes.
+    pub fn locate(&self, gpa: u64) -> Option<(usize, u64)> {
+        self.table.find(gpa, |region| region.size).map(|region| (region.mapping, gpa - region.start))
+    }
+
     /// Logs `len` bytes at `gpa` as dirty, after the kernel wrote there (a read from a tap).
     #[inline]
     pub fn mark_written(&self, gpa: u64, len: u32) {
@@ -269,20 +301,26 @@ impl GuestMemory {
     /// What the region of `gpa` holds of `len` bytes there: one byte at least, unless `len` is 0.
     #[inline(always)]
     pub(super) fn piece(&self, gpa: u64, len: u64) -> Result<Piece, AccessError> {
-        match self.table.find(gpa) {
-            Some(region) => Ok(region.piece(gpa, len)?),
-            None => Err(AccessError::OutOfRange { gpa, len }),
+        match self.table.find(gpa, |region| region.whole) {
+            Some(region) => Ok(region.piece(gpa, len)),
+            None => self.piece_if_present(gpa, len),
         }
+    }
+
+    /// Outside postcopy nobody gets here but for an address outside guest memory.
+    #[cold]
+    fn piece_if_present(&self, gpa: u64, len: u64) -> Result<Piece, AccessError> {
+        let region = self.table.find(gpa, |region| region.size);
+        let region = region.ok_or(AccessError::OutOfRange { gpa, len })?;
+        region.check_present(gpa, len)?;
+        Ok(region.piece(gpa, len))
     }
 
     /// The first of `len` bytes at `gpa` if one region holds them all and everything in it is present.
     #[inline(always)]
     pub(super) fn plain(&self, gpa: u64, len: u64) -> Option<NonNull<u8>> {
-        let region = self.table.find(gpa)?;
-        if region.residency.is_some() {
-            return None;
-        }
-        region.piece(gpa, len).ok().filter(|piece| piece.len == len).map(|piece| piece.host)
+        let piece = self.table.find(gpa, |region| region.whole)?.piece(gpa, len);
+        (piece.len == len).then_some(piece.host)
     }
 
     /// The region that holds front-end user addresses `user .. user + len` whole.
@@ -297,14 +335,15 @@ impl GuestMemory {
 }
 
 impl Table {
+    /// The region of `gpa`, among those of the size that `size` tells.
     #[inline(always)]
-    fn find(&self, gpa: u64) -> Option<&Region> {
+    fn find(&self, gpa: u64, size: impl Fn(&Region) -> u64) -> Option<&Region> {
         // Guests have a few regions (two, mostly) unless memory was hotplugged.
         const LINEAR: usize = 4;
         if self.regions.len() <= LINEAR {
-            return self.regions.iter().find(|region| gpa.wrapping_sub(region.start) < region.size);
+            return self.regions.iter().find(|region| gpa.wrapping_sub(region.start) < size(region));
         }
-        self.find_among_many(gpa)
+        self.find_among_many(gpa).filter(|region| gpa - region.start < size(region))
     }
 
     fn find_among_many(&self, gpa: u64) -> Option<&Region> {

@@ -85,6 +85,36 @@ impl SharedMap {
         self.addr
     }
 
+    /// Lets go of what this process has mapped of the file, and refuses huge pages; the file keeps its contents.
+    fn forget_pages(&self) -> Result<(), Errno> {
+        for advice in [MmapAdvise::MADV_DONTNEED, MmapAdvise::MADV_NOHUGEPAGE] {
+            // SAFETY: the range is ours, and a shared mapping loses no data by either.
+            match unsafe { madvise(self.addr.cast(), self.len.get(), advice) } {
+                // Kernels without transparent huge pages, and hugetlbfs.
+                Err(Errno::EINVAL) if advice == MmapAdvise::MADV_NOHUGEPAGE => {}
+                result => result?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts nothing in the place of the mapping: the addresses stay taken, whoever touches them fails.
+    fn give_up(&self) -> Result<(), Errno> {
+        let flags =
+            MapFlags::MAP_PRIVATE | MapFlags::MAP_ANONYMOUS | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED;
+        // SAFETY: exactly our own range is replaced. That nobody uses it any more is the caller's word, and an access all the
+        // same would end the process, not reach other memory.
+        unsafe {
+            nix::sys::mman::mmap_anonymous(
+                NonZeroUsize::new(self.addr.as_ptr() as usize),
+                self.len,
+                ProtFlags::PROT_NONE,
+                flags,
+            )
+        }
+        .map(drop)
+    }
+
     /// The file.
     pub(super) fn file(&self) -> &OwnedFd {
         &self.file
@@ -195,6 +225,29 @@ impl Mapping {
     /// Address of our mapping, for replies in postcopy. A number, not a pointer.
     pub fn host_addr(&self) -> u64 {
         self.map.addr().as_ptr() as u64
+    }
+
+    /// Length of our mapping, bytes: whole pages of the file.
+    pub fn mapped_len(&self) -> u64 {
+        self.map.len.get() as u64
+    }
+
+    /// Lets go of what this process has mapped of the file, and refuses huge pages, before pages are awaited by
+    /// userfaultfd. Loses no data. May sleep.
+    ///
+    /// # Errors
+    /// What madvise(2) says.
+    pub fn forget_pages(&self) -> Result<(), Errno> {
+        self.map.forget_pages()
+    }
+
+    /// Puts nothing in the place of a mapping that no snapshot in use has any more, so that those who wait for its pages
+    /// can be woken and fail (PROT_NONE; see `postcopy`). May sleep.
+    ///
+    /// # Errors
+    /// What mmap(2) says.
+    pub fn give_up(&self) -> Result<(), Errno> {
+        self.map.give_up()
     }
 
     /// The file, for a second look at which pages exist, and for handing it on.

@@ -129,7 +129,12 @@ impl Area {
     }
 
     fn missing(&self) -> Option<MissingRange> {
-        let gap = self.residency.as_ref()?.first_missing(self.offset..self.offset + self.len)?;
+        self.missing_from(self.offset)
+    }
+
+    /// The first run of missing pages at or behind `offset` into the region.
+    fn missing_from(&self, offset: u64) -> Option<MissingRange> {
+        let gap = self.residency.as_ref()?.first_missing(offset..self.offset + self.len)?;
         // Both are offsets into the region, and `gap` may begin before the area.
         Some(MissingRange { gpa: self.gpa - self.offset + gap.start, len: gap.end - gap.start })
     }
@@ -204,6 +209,14 @@ impl RingView {
         Ok(RingAccess { view: self })
     }
 
+    /// The ring, of which all pages are known to be present: [`Self::access`] has said so, or said so of the view that this
+    /// one has replaced. (Were they not, an access would wait for them.)
+    #[inline(always)]
+    pub fn access_known(&self) -> RingAccess<'_> {
+        debug_assert!(self.resident, "a ring that may be missing");
+        RingAccess { view: self }
+    }
+
     #[cold]
     fn find_missing(&mut self) -> Result<(), MissingRange> {
         match self.areas.iter().find_map(Area::missing) {
@@ -211,6 +224,18 @@ impl RingView {
             None => {
                 self.resident = true;
                 Ok(())
+            }
+        }
+    }
+
+    /// Calls `visit` for each run of missing pages under the ring.
+    pub fn for_each_missing(&self, mut visit: impl FnMut(MissingRange)) {
+        for area in &self.areas {
+            let region = area.gpa - area.offset;
+            let mut offset = area.offset;
+            while let Some(missing) = area.missing_from(offset) {
+                visit(missing);
+                offset = missing.gpa - region + missing.len;
             }
         }
     }

@@ -140,7 +140,7 @@ pub struct Connection {
     /// Which connection of the port it is: operations of earlier ones are told apart by it.
     pub epoch: u32,
     receive: Option<OpId>,
-    outbox: VecDeque<Vec<u8>>,
+    outbox: VecDeque<(Vec<u8>, Option<OwnedFd>)>,
     sending: Option<OpId>,
 }
 
@@ -168,16 +168,16 @@ impl Connection {
     }
 
     /// Sends a message after those that wait.
-    pub fn send<T: Copy>(&mut self, reactor: &mut Reactor<T>, bytes: Vec<u8>, token: T) {
-        self.outbox.push_back(bytes);
+    pub fn send<T: Copy>(&mut self, reactor: &mut Reactor<T>, bytes: Vec<u8>, fd: Option<OwnedFd>, token: T) {
+        self.outbox.push_back((bytes, fd));
         self.send_next(reactor, token);
     }
 
     fn send_next<T: Copy>(&mut self, reactor: &mut Reactor<T>, token: T) {
         if self.sending.is_none()
-            && let Some(bytes) = self.outbox.pop_front()
+            && let Some((bytes, fd)) = self.outbox.pop_front()
         {
-            self.sending = Some(reactor.send(&self.socket, Outgoing::new(bytes, None), token));
+            self.sending = Some(reactor.send(&self.socket, Outgoing::new(bytes, fd), token));
         }
     }
 

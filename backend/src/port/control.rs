@@ -6,13 +6,15 @@
 
 use super::Port;
 use super::connection::{Connection, Endpoint, client_socket};
+use super::faulting::{DRAIN_PATIENCE, Retiring};
 use super::helper::{Helper, Job, JobDone};
 use super::plan::{Purpose, Step as PlanStep};
+use crate::postcopy::engine::Engine;
 use crate::reactor::message::{RECV_FDS, UnixAddress};
 use crate::reactor::{Done, Reactor, crowd};
 use crate::session::{Outcome, Step};
 use crate::worker::{Command, Direction, Event, PairKey, Reply, ToControl};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,6 +28,13 @@ pub enum ControlToken {
     Signal,
     /// The helper's bell.
     Helper,
+    /// A page that was asked for.
+    Populate {
+        /// The fault engine's region.
+        region: u32,
+        /// Its number there.
+        page: u64,
+    },
     /// An operation of a port; `epoch` tells earlier connections apart.
     Port {
         /// Which port.
@@ -50,22 +59,39 @@ pub enum PortOp {
     Receive,
     /// Writing the control socket.
     Send,
+    /// Postcopy: rings look again after a populate failed.
+    LookAgain,
+    /// Postcopy: a look for pages that came by themselves is due.
+    Scan,
+    /// Postcopy: END has waited long enough.
+    Drain,
 }
 
 /// All ports, and who does what for them.
 pub struct Control {
-    ports: Vec<Port>,
-    helper: Helper,
+    pub(super) ports: Vec<Port>,
+    pub(super) helper: Helper,
     epochs: Vec<u32>,
-    commands: Vec<(PairKey, Command)>,
+    pub(super) commands: Vec<(PairKey, Command)>,
     ended: bool,
+    pub(super) engine: Engine,
+    /// Given-up regions with populates under way.
+    pub(super) retiring: Vec<Retiring>,
 }
 
 impl Control {
     /// Control over these ports; `helper` does what may sleep.
     pub fn new(ports: Vec<Port>, helper: Helper) -> Self {
         let epochs = vec![0; ports.len()];
-        Self { ports, helper, epochs, commands: Vec::new(), ended: false }
+        Self {
+            ports,
+            helper,
+            epochs,
+            commands: Vec::new(),
+            ended: false,
+            engine: Engine::default(),
+            retiring: Vec::new(),
+        }
     }
 
     /// Starts listening, connecting and hearing.
@@ -93,7 +119,7 @@ impl Control {
         }
     }
 
-    fn token(&self, port: usize, what: PortOp) -> ControlToken {
+    pub(super) fn token(&self, port: usize, what: PortOp) -> ControlToken {
         ControlToken::Port { port: port as u16, epoch: self.epochs[port], what }
     }
 
@@ -174,6 +200,11 @@ impl Control {
         match token {
             ControlToken::Signal => {}
             ControlToken::Helper => self.helper_answered(reactor, &done),
+            ControlToken::Populate { region, page } => {
+                if let Done::Populated(result) = &done {
+                    self.populated(reactor, region, page, result);
+                }
+            }
             ControlToken::Port { port, epoch, what } => {
                 if self.epochs.get(usize::from(port)) == Some(&epoch) {
                     self.port_completion(reactor, usize::from(port), what, done);
@@ -197,6 +228,9 @@ impl Control {
                 reactor.timer(ACCEPT_PAUSE, retry.into());
             }
             (PortOp::Retry, _) => self.await_front_end(reactor, id),
+            (PortOp::LookAgain, _) => self.look_again(id),
+            (PortOp::Scan, _) => self.scan(id),
+            (PortOp::Drain, _) => self.drain_timed_out(reactor, id),
             (PortOp::Connect, Done::Connected(result)) => self.connect_ended(reactor, id, result),
             (PortOp::Receive, Done::Received(result, mut buffer)) => {
                 let Some(connection) = self.ports[id].connection.as_mut() else { return };
@@ -267,10 +301,10 @@ impl Control {
     }
 
     /// Goes on with a port as far as it goes without waiting.
-    fn drive<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>, id: usize) {
+    pub(super) fn drive<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>, id: usize) {
         loop {
             if self.ports[id].plan.purpose != Purpose::Nothing {
-                if !self.advance(id) {
+                if !self.advance(reactor, id) {
                     break;
                 }
                 let plan = std::mem::take(&mut self.ports[id].plan);
@@ -288,12 +322,17 @@ impl Control {
             }
             let Some(step) = port.session.as_mut().and_then(|session| session.step()) else { break };
             match step {
-                Step::Send(bytes) => {
-                    let token = self.token(id, PortOp::Send).into();
-                    let Some(connection) = self.ports[id].connection.as_mut() else { break };
-                    connection.send(reactor, bytes, token);
+                Step::Send(bytes) => self.send(reactor, id, bytes, None),
+                Step::SendUserfaultfd(bytes) => {
+                    let copy = port.postcopy.uffd.as_ref().map(|uffd| uffd.as_fd().try_clone_to_owned());
+                    match copy.transpose() {
+                        Ok(fd) => self.send(reactor, id, bytes, fd),
+                        Err(error) => {
+                            return self.fail(reactor, id, &format!("postcopy: no descriptor left: {error}"));
+                        }
+                    }
                 }
-                Step::Effect(effect) => port.begin(effect),
+                Step::Effect(effect) => port.begin(effect, &mut self.engine),
                 Step::Warn(notice) => port.warn(&notice),
                 Step::Close(error) => return self.fail(reactor, id, &error),
             }
@@ -307,8 +346,22 @@ impl Control {
         }
     }
 
+    fn send<T: Copy + From<ControlToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        id: usize,
+        bytes: Vec<u8>,
+        fd: Option<OwnedFd>,
+    ) {
+        let token = self.token(id, PortOp::Send).into();
+        if let Some(connection) = self.ports[id].connection.as_mut() {
+            connection.send(reactor, bytes, fd, token);
+        }
+    }
+
     /// Takes a plan's next steps. True when it is through.
-    fn advance(&mut self, id: usize) -> bool {
+    fn advance<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>, id: usize) -> bool {
+        let drain = self.token(id, PortOp::Drain);
         let port = &mut self.ports[id];
         while port.plan.waiting == 0 {
             match port.plan.next() {
@@ -319,8 +372,26 @@ impl Control {
                     return true;
                 }
                 Some(PlanStep::Job(job)) => {
-                    port.plan.waiting = usize::from(!matches!(job, Job::Release(_)));
+                    port.plan.waiting = usize::from(!matches!(job, Job::Release(_) | Job::Wake(..)));
                     self.helper.submit(port.id, job);
+                }
+                Some(PlanStep::Arm) => {
+                    port.armed(&mut self.engine);
+                    self.arm(reactor, id);
+                    return self.advance(reactor, id);
+                }
+                Some(PlanStep::Drain) => {
+                    let quiet = self.engine.in_flight(port.id) + self.engine.queued(port.id) == 0;
+                    if !quiet {
+                        port.drain();
+                        reactor.timer(DRAIN_PATIENCE, drain.into());
+                    }
+                }
+                Some(PlanStep::EndPostcopy) => port.postcopy_ended(&mut self.engine),
+                Some(PlanStep::Retire(regions, keep)) => {
+                    self.retiring.push(Retiring { regions, keep, port: port.id });
+                    self.retire_quiet();
+                    return self.advance(reactor, id);
                 }
                 Some(PlanStep::Pairs(commands)) => {
                     port.plan.waiting = commands.len();
@@ -341,9 +412,15 @@ impl Control {
         for (port, answer) in answers {
             let id = usize::from(port);
             let port = &mut self.ports[id];
+            if matches!(answer, JobDone::Rescanned) {
+                self.scanned(reactor, id);
+                continue;
+            }
             port.plan.waiting = port.plan.waiting.saturating_sub(1);
             match answer {
-                JobDone::Mapped(result) => port.mapped(result),
+                JobDone::Mapped(result) => port.mapped(result, &mut self.engine),
+                JobDone::Advised(result) => port.advised(result),
+                JobDone::Rescanned => {}
                 JobDone::LogMapped(result) => port.log_mapped(result),
                 JobDone::Steered(Err(why)) => port.warn(&why),
                 JobDone::Ended(Err(why)) => port.failed(why),
@@ -389,6 +466,9 @@ impl Control {
                 let uplink = port.uplink.clone();
                 port.warn(&format_args!("uplink {} cannot be used: {why}", uplink.describe()));
             }
+            Event::Wants { direction, parked, ranges } => {
+                self.wants(reactor, key, direction, parked, &ranges);
+            }
             Event::MemoryFault => {
                 port.failures += 1;
                 let why = "guest memory vanished (its file was truncated): the port is reset";
@@ -420,7 +500,7 @@ impl Control {
         port.session = None;
         let summary = port.summary();
         port.note(&format_args!("{why}; {summary}"));
-        port.begin_teardown();
+        port.begin_teardown(&mut self.engine);
         self.drive(reactor, id);
     }
 }

@@ -4,7 +4,10 @@
 //! order, answers by message. Unmapping: a second thread, no answers. Neither touches guest pages.
 #![forbid(unsafe_code)]
 
+use super::postcopy::Awaited;
 use crate::memory::{DirtyLog, Mapping, RegionSpec};
+use crate::postcopy::presence;
+use crate::postcopy::uffd::Userfaultfd;
 use crate::uplink::{FrameFormat, Uplink};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::any::Any;
@@ -16,8 +19,20 @@ use std::thread::{Builder, JoinHandle};
 
 /// Something that may sleep.
 pub enum Job {
-    /// Map regions of guest memory.
-    Map(Vec<(RegionSpec, OwnedFd)>),
+    /// Map regions of guest memory; in postcopy, register them with this userfaultfd.
+    Map(Vec<(RegionSpec, OwnedFd)>, Option<Arc<Userfaultfd>>),
+    /// Make a userfaultfd.
+    Advise,
+    /// Find what has come of these regions, as a step of a plan.
+    Scan(Vec<Awaited>),
+    /// The same, beside plans.
+    Rescan(Vec<Awaited>),
+    /// Nothing waits for these pages any more: end the reports about them.
+    Unregister(Arc<Userfaultfd>, Vec<Arc<Mapping>>),
+    /// Nobody uses these any more, but populates may wait for their pages: end those without making pages.
+    GiveUp(Option<Arc<Userfaultfd>>, Vec<Arc<Mapping>>),
+    /// Wake whoever waits for pages of these regions; those that have come are enough. No answer.
+    Wake(Arc<Userfaultfd>, Vec<Arc<Mapping>>),
     /// Map a dirty log.
     MapLog {
         /// Its file.
@@ -50,6 +65,10 @@ pub enum Job {
 pub enum JobDone {
     /// The regions are mapped, or why not.
     Mapped(Result<Vec<Arc<Mapping>>, String>),
+    /// A userfaultfd, or why there is none.
+    Advised(Result<Arc<Userfaultfd>, String>),
+    /// A look for pages that came by themselves has ended.
+    Rescanned,
     /// The log is mapped, or why not.
     LogMapped(Result<Arc<DirtyLog>, String>),
     /// Queues were put in or out of the steering, or why not: nothing that a front-end should learn.
@@ -130,18 +149,83 @@ impl Drop for Helper {
     }
 }
 
+/// Pages of 1 GiB: a link of 10 Gbit/s needs a second for each.
+const HUGE_PAGE: u64 = 1 << 30;
+
+fn warn_of_huge_pages(mapping: &Mapping) {
+    if mapping.page_size() >= HUGE_PAGE {
+        tracing::warn!(
+            "guest memory at {:#x} has pages of {} MiB: in postcopy each missing one stalls a ring for as long as the \
+             migration's link needs to carry it",
+            mapping.spec().guest_phys,
+            mapping.page_size() >> 20
+        );
+    }
+}
+
+fn scan_whole(region: &Awaited) {
+    let mut from = Some(0);
+    while let Some(at) = from {
+        from = presence::scan(&region.mapping, &region.present, at);
+    }
+}
+
 fn perform(job: Job) -> Option<JobDone> {
     Some(match job {
-        Job::Map(regions) => JobDone::Mapped(
+        Job::Map(regions, uffd) => JobDone::Mapped(
             regions
                 .into_iter()
                 .map(|(spec, fd)| {
-                    Mapping::new(fd, &spec)
-                        .map(Arc::new)
-                        .map_err(|error| format!("memory region at {:#x}: {error}", spec.guest_phys))
+                    let at = |error: &dyn std::fmt::Display| {
+                        format!("memory region at {:#x}: {error}", spec.guest_phys)
+                    };
+                    let mapping = Mapping::new(fd, &spec).map_err(|error| at(&error))?;
+                    if let Some(uffd) = &uffd {
+                        warn_of_huge_pages(&mapping);
+                        uffd.register(&mapping).map_err(|error| at(&error))?;
+                    }
+                    Ok(Arc::new(mapping))
                 })
                 .collect(),
         ),
+        Job::Advise => {
+            JobDone::Advised(Userfaultfd::new().map(Arc::new).map_err(|error| format!("postcopy: {error}")))
+        }
+        Job::Scan(regions) => {
+            for region in regions {
+                scan_whole(&region);
+            }
+            JobDone::Ended(Ok(()))
+        }
+        Job::Rescan(regions) => {
+            for region in regions {
+                presence::scan(&region.mapping, &region.present, 0);
+            }
+            JobDone::Rescanned
+        }
+        Job::Unregister(uffd, mappings) => JobDone::Ended(
+            mappings
+                .iter()
+                .try_for_each(|mapping| uffd.unregister(mapping))
+                .map_err(|error| format!("postcopy: {error}")),
+        ),
+        Job::GiveUp(uffd, mappings) => JobDone::Ended(
+            mappings
+                .iter()
+                .try_for_each(|mapping| match &uffd {
+                    Some(uffd) => uffd.give_up(mapping),
+                    None => Ok(()),
+                })
+                .map_err(|error| format!("postcopy: {error}")),
+        ),
+        Job::Wake(uffd, mappings) => {
+            for mapping in mappings {
+                if let Err(error) = uffd.wake(&mapping) {
+                    tracing::debug!(%error, "waking");
+                }
+            }
+            return None;
+        }
         Job::MapLog { fd, size, offset } => JobDone::LogMapped(
             DirtyLog::new(fd, size, offset).map(Arc::new).map_err(|error| format!("dirty log: {error}")),
         ),

@@ -13,13 +13,15 @@
 
 pub mod connection;
 pub mod control;
+mod faulting;
 mod fds;
 pub mod helper;
 mod limit;
 pub mod plan;
+mod postcopy;
 mod report;
 
-use crate::config::PortConfig;
+use crate::config::{PortConfig, PostcopyMultiqueue};
 use crate::memory::{DirtyLog, GuestMemory};
 use crate::net::counters::{PairCounters, PairCounts};
 use crate::net::features;
@@ -61,6 +63,9 @@ pub struct Port {
     /// Which pairs take part in the uplink's steering: those whose receive ring runs and is enabled.
     pub(crate) live: Vec<bool>,
     pub(crate) plan: Plan,
+    pub(crate) postcopy: postcopy::Postcopy,
+    /// PAGEFAULT is offered.
+    pub(crate) postcopy_offered: bool,
     /// Messages from us to the front-end would go here; none is needed so far.
     pub(crate) backend_channel: Option<PeerFd>,
     /// The frame format that the uplink was last told.
@@ -85,6 +90,7 @@ impl Port {
         counters: Vec<Arc<PairCounters>>,
         endpoint: connection::Endpoint,
         mem_slots: u64,
+        postcopy_offered: bool,
     ) -> Self {
         let pairs = usize::from(config.queue_pairs);
         Self {
@@ -100,6 +106,8 @@ impl Port {
             log_on: false,
             live: vec![false; pairs],
             plan: Plan::default(),
+            postcopy: postcopy::Postcopy::default(),
+            postcopy_offered,
             backend_channel: None,
             format: None,
             mem_slots,
@@ -142,6 +150,10 @@ impl Port {
             | pf::RESET_DEVICE
             | pf::CONFIGURE_MEM_SLOTS
             | pf::STATUS;
+        let resend = self.config.postcopy_multiqueue == PostcopyMultiqueue::Resend && self.pairs() > 1;
+        if self.postcopy_offered {
+            protocol_features |= pf::PAGEFAULT;
+        }
         let mtu = self.config.mtu.unwrap_or(capabilities.mtu);
         let mut virtio = features::offered(&capabilities, self.pairs());
         let config_space = self.config.mac.map(|mac| {
@@ -156,6 +168,7 @@ impl Port {
             max_mem_slots: self.mem_slots,
             config_space: config_space.and_then(ConfigSpace::new),
             mtu_max: self.config.mtu.unwrap_or(u16::MAX),
+            postcopy_resend: resend,
         })
     }
 

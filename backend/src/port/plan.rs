@@ -3,9 +3,12 @@
 #![forbid(unsafe_code)]
 
 use super::helper::Job;
+use super::postcopy::{Awaited, Postcopy};
 use super::{Port, fds};
 use crate::memory::{GuestMemory, Mapping, RegionSpec};
 use crate::net::features;
+use crate::postcopy::engine::{Engine, RegionId};
+use crate::postcopy::uffd::Userfaultfd;
 use crate::reactor::PeerFd;
 use crate::session::{Effect, Outcome, RingConfig};
 use crate::virtq::QueueConfig;
@@ -22,6 +25,14 @@ pub(crate) enum Step {
     Job(Job),
     /// For pairs; all replies are waited for.
     Pairs(Vec<(u16, Command)>),
+    /// Postcopy: pages may be asked for.
+    Arm,
+    /// Postcopy: wait until no page is asked for any more.
+    Drain,
+    /// Postcopy: nothing can fault any more.
+    EndPostcopy,
+    /// Postcopy: let go of given-up regions, with what belongs to them, when their populates have ended.
+    Retire(Vec<RegionId>, Box<dyn Any + Send>),
 }
 
 /// What a plan is for.
@@ -52,6 +63,8 @@ pub(crate) struct Plan {
     /// Answers outstanding for the step under way.
     pub(crate) waiting: usize,
     mapping: MapFor,
+    /// The pages of these regions have not arrived.
+    awaited: bool,
     /// The ring that is being started: if that fails, its pair leaves the steering again.
     starting: Option<u16>,
     /// The dirty log goes when the plan is through.
@@ -73,7 +86,13 @@ impl Plan {
 
     /// Drops what has not begun, but for memory on its way out: only the helper may let go of it.
     fn drop_steps(&mut self) {
-        self.steps.retain(|step| matches!(step, Step::Job(Job::Release(_))));
+        self.steps
+            .retain(|step| matches!(step, Step::Job(Job::Release(_) | Job::GiveUp(..)) | Step::Retire(..)));
+    }
+
+    /// Drops all steps that have not begun.
+    pub(crate) fn clear(&mut self) {
+        self.drop_steps();
     }
 }
 
@@ -83,25 +102,27 @@ fn release<M: Any + Send>(memory: M) -> Step {
 
 impl Port {
     /// Starts to carry out an effect.
-    pub(crate) fn begin(&mut self, effect: Effect<PeerFd>) {
+    pub(crate) fn begin(&mut self, effect: Effect<PeerFd>, engine: &mut Engine) {
         self.plan = Plan { purpose: Purpose::Effect, ..Plan::default() };
-        if let Err(why) = self.prepare(effect) {
+        if let Err(why) = self.prepare(effect, engine) {
             self.plan.refuse(why);
         }
     }
 
-    fn prepare(&mut self, effect: Effect<PeerFd>) -> Result<(), String> {
+    fn prepare(&mut self, effect: Effect<PeerFd>, engine: &mut Engine) -> Result<(), String> {
         match effect {
-            Effect::SetMemTable { regions } => {
+            Effect::SetMemTable { regions, postcopy } => {
                 self.plan.mapping = MapFor::Replace;
+                self.plan.awaited = postcopy;
                 let regions = regions.into_iter().map(|(region, fd)| (region, fd.into_owned())).collect();
-                self.push(Step::Job(Job::Map(regions)));
+                self.push(Step::Job(Job::Map(regions, self.awaiting(postcopy)?)));
             }
-            Effect::AddMemReg { region, fd } => {
+            Effect::AddMemReg { region, fd, postcopy } => {
                 self.plan.mapping = MapFor::Add;
-                self.push(Step::Job(Job::Map(vec![(region, fd.into_owned())])));
+                self.plan.awaited = postcopy;
+                self.push(Step::Job(Job::Map(vec![(region, fd.into_owned())], self.awaiting(postcopy)?)));
             }
-            Effect::RemMemReg { region } => self.remove_region(&region)?,
+            Effect::RemMemReg { region } => self.remove_region(&region, engine)?,
             Effect::SetLogBase { size, offset, fd } => {
                 self.push(Step::Job(Job::MapLog { fd: fd.into_owned(), size, offset }));
             }
@@ -141,6 +162,10 @@ impl Port {
                     .announce(&crate::net::rarp::frame(mac))
                     .map_err(|error| format!("{}: announcement: {error}", self.uplink.describe()))?;
             }
+            Effect::PostcopyAdvise => self.postcopy_advise(),
+            Effect::PostcopyListen => self.postcopy_listen(),
+            Effect::PostcopyArm => self.postcopy_arm(),
+            Effect::PostcopyEnd => self.postcopy_end(),
             Effect::SetBackendChannel(fd) => self.backend_channel = Some(fd),
             // The session has stopped the rings; what pairs keep (call, err) is to stay.
             Effect::Reset => {}
@@ -148,8 +173,21 @@ impl Port {
         Ok(())
     }
 
-    fn push(&mut self, step: Step) {
+    pub(super) fn push(&mut self, step: Step) {
         self.plan.steps.push_back(step);
+    }
+
+    pub(super) fn plan_front(&mut self, step: Step) {
+        self.plan.steps.push_front(step);
+    }
+
+    /// The userfaultfd that new regions are registered with, if their pages are awaited.
+    fn awaiting(&self, postcopy: bool) -> Result<Option<Arc<Userfaultfd>>, String> {
+        match (postcopy, &self.postcopy.uffd) {
+            (false, _) => Ok(None),
+            (true, Some(uffd)) => Ok(Some(uffd.clone())),
+            (true, None) => Err("postcopy: there is no userfaultfd".into()),
+        }
     }
 
     fn tell_pair(&mut self, ring: u16, command: Command) {
@@ -157,20 +195,34 @@ impl Port {
     }
 
     /// A step that gives every pair the memory to use now.
-    fn share_memory(&self) -> Step {
+    pub(super) fn share_memory(&self) -> Step {
         let snapshot = self.snapshot();
         Step::Pairs((0..self.pairs()).map(|pair| (pair, Command::Memory(snapshot.clone()))).collect())
     }
 
-    fn replace_memory(&mut self, memory: GuestMemory) {
+    pub(super) fn replace_memory(&mut self, memory: GuestMemory, engine: &mut Engine) {
+        let gone = self.forget_regions(&memory, engine);
         let old = std::mem::replace(&mut self.memory, memory);
-        // Front of the line: pairs first move to the new memory, then the old one may go.
-        self.plan.steps.push_front(release(old));
+        // Pairs first move to the new memory, then the old one may go.
         let share = self.share_memory();
-        self.plan.steps.push_front(share);
+        self.plan.steps.push_back(share);
+        self.let_go(gone, old);
     }
 
-    fn remove_region(&mut self, region: &RegionSpec) -> Result<(), String> {
+    /// Lets go of memory that no pair uses any more when this is reached: of regions whose pages are awaited by populates,
+    /// too.
+    fn let_go<M: Any + Send>(&mut self, awaited: Vec<Awaited>, memory: M) {
+        if awaited.is_empty() {
+            return self.push(release(memory));
+        }
+        let uffd = self.postcopy.uffd.clone();
+        let mappings = awaited.iter().map(|region| region.mapping.clone()).collect();
+        self.push(Step::Job(Job::GiveUp(uffd.clone(), mappings)));
+        let ids = awaited.iter().map(|region| region.id).collect();
+        self.push(Step::Retire(ids, Box::new((memory, awaited, uffd))));
+    }
+
+    fn remove_region(&mut self, region: &RegionSpec, engine: &mut Engine) -> Result<(), String> {
         let rest: Vec<Arc<Mapping>> = self
             .memory
             .mappings()
@@ -183,7 +235,8 @@ impl Port {
             .cloned()
             .collect();
         let memory = GuestMemory::new(rest).map_err(|error| error.to_string())?;
-        self.replace_memory(memory);
+        let memory = self.with_known_residency(memory);
+        self.replace_memory(memory, engine);
         Ok(())
     }
 
@@ -221,7 +274,7 @@ impl Port {
     /// A pair's receive ring was given up: frames must not be steered to it.
     pub(crate) fn leave_steering(&mut self, pair: u16) -> Option<Job> {
         let live = self.live.get_mut(usize::from(pair))?;
-        (std::mem::take(live) && pair > 0).then(|| Job::LeaveSteering(self.uplink.clone(), pair))
+        std::mem::take(live).then(|| Job::LeaveSteering(self.uplink.clone(), pair))
     }
 
     fn start_ring(&mut self, index: u16, config: RingConfig, kick: Option<PeerFd>) -> Result<(), String> {
@@ -234,25 +287,27 @@ impl Port {
         Ok(())
     }
 
-    /// Puts a pair into the uplink's steering or takes it out, with its receive ring. The first pair always takes part.
+    /// Puts a pair into the uplink's steering or takes it out, with its receive ring.
     fn steer(&mut self, index: u16, live: bool) {
         let pair = index / 2;
         let Some(slot) = self.live.get_mut(usize::from(pair)).filter(|_| index.is_multiple_of(2)) else {
             return;
         };
-        if std::mem::replace(slot, live) != live && pair > 0 {
+        if std::mem::replace(slot, live) != live {
             self.push(Step::Job(Job::Queues(self.uplink.clone(), vec![(pair, live)])));
         }
     }
 
     /// Regions are mapped (or not): make them the memory.
-    pub(crate) fn mapped(&mut self, result: Result<Vec<Arc<Mapping>>, String>) {
+    pub(crate) fn mapped(&mut self, result: Result<Vec<Arc<Mapping>>, String>, engine: &mut Engine) {
         if self.plan.purpose != Purpose::Effect {
             if let Ok(mappings) = result {
                 self.plan.steps.push_front(release(mappings));
             }
             return;
         }
+        let hosts =
+            result.as_ref().map_or_else(|_| Vec::new(), |new| new.iter().map(|m| m.host_addr()).collect());
         let memory = result.and_then(|mut mappings| {
             if self.plan.mapping == MapFor::Add {
                 mappings.extend(self.memory.mappings().iter().cloned());
@@ -264,7 +319,16 @@ impl Port {
             })
         });
         match memory {
-            Ok(memory) => self.replace_memory(memory),
+            Ok(memory) => {
+                let memory = match self.plan.awaited {
+                    true => {
+                        self.plan.outcome = Some(Outcome::Mapped(hosts));
+                        self.await_pages(&memory, engine)
+                    }
+                    false => self.with_known_residency(memory),
+                };
+                self.replace_memory(memory, engine);
+            }
             Err(why) => self.plan.outcome = Some(Outcome::Refused(why)),
         }
     }
@@ -304,13 +368,18 @@ impl Port {
     }
 
     /// Starts to take down what a connection has built; steps under way are waited for first.
-    pub(crate) fn begin_teardown(&mut self) {
+    pub(crate) fn begin_teardown(&mut self, engine: &mut Engine) {
         self.plan.purpose = Purpose::Teardown;
+        if std::mem::take(&mut self.postcopy.draining) {
+            self.plan.waiting = 0;
+        }
+        engine.arm(self.id, false);
         self.plan.outcome = None;
         self.plan.drop_steps();
         let resets = (0..self.pairs()).map(|pair| (pair, Command::Reset)).collect();
-        self.push(Step::Pairs(resets));
-        let queues: Vec<_> = (1..self.pairs())
+        // First: memory that is on its way out must not be in use when it goes.
+        self.plan_front(Step::Pairs(resets));
+        let queues: Vec<_> = (0..self.pairs())
             .filter(|pair| self.live[usize::from(*pair)])
             .map(|pair| (pair, false))
             .collect();
@@ -318,12 +387,15 @@ impl Port {
             self.push(Step::Job(Job::Queues(self.uplink.clone(), queues)));
         }
         self.live.fill(false);
+        self.uplink.front_end_left();
         self.configure(0);
         self.check_log();
         let memory = std::mem::replace(&mut self.memory, GuestMemory::empty());
         let log = self.log.take();
         self.log_on = false;
-        self.push(release((memory, log)));
+        let awaited = self.forget_regions(&GuestMemory::empty(), engine);
+        self.let_go(awaited, (memory, log));
+        self.postcopy = Postcopy::default();
         self.backend_channel = None;
     }
 }

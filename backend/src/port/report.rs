@@ -50,6 +50,14 @@ impl Port {
                 words.push(format!("{name}={n}"));
             }
         }
+        if let Some((pair, range, age)) = self.longest_stall() {
+            words.push(format!(
+                "stalled={:.1}s (queue pair {pair} waits for guest memory at {:#x})",
+                age.as_secs_f32(),
+                range.gpa
+            ));
+        }
+        words.extend(Some(self.uplink.report()).filter(|report| !report.is_empty()));
         if words.is_empty() { "no packets".into() } else { words.join(" ") }
     }
 }

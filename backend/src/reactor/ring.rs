@@ -48,6 +48,10 @@ pub enum Done {
     Signal(io::Result<libc::signalfd_siginfo>),
     /// A timer ran out (false: cancelled).
     Elapsed(bool),
+    /// Pages are in memory, or why not.
+    Populated(io::Result<()>),
+    /// The kernel side of a socket's rings has been woken.
+    Woken(io::Result<()>),
 }
 
 enum Body {
@@ -57,8 +61,10 @@ enum Body {
     Send(Box<Outgoing>),
     Poll,
     Event,
+    Wake,
     Signal(Box<libc::signalfd_siginfo>),
     Timer { _time: Box<Timespec> },
+    Populate,
 }
 
 struct InFlight<T> {
@@ -164,6 +170,18 @@ impl<T: Copy> Reactor<T> {
         self.start(entry, token, Body::Event, Some(eventfd))
     }
 
+    /// Wakes the kernel side of an AF_XDP socket's rings: by a send of nothing for TX, a receive of nothing for FILL. It never
+    /// waits.
+    pub fn wake_socket(&mut self, socket: &Arc<OwnedFd>, send: bool, token: T) -> OpId {
+        let fd = Fd(socket.as_raw_fd());
+        let entry = if send {
+            opcode::Send::new(fd, std::ptr::null(), 0).flags(libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL).build()
+        } else {
+            opcode::Recv::new(fd, std::ptr::null_mut(), 0).flags(libc::MSG_DONTWAIT).build()
+        };
+        self.start(entry, token, Body::Wake, Some(socket))
+    }
+
     /// Reads one signal from a signalfd.
     pub fn read_signal(&mut self, signalfd: &Arc<OwnedFd>, token: T) -> OpId {
         // SAFETY: all-zero bytes are a valid signalfd_siginfo.
@@ -178,6 +196,21 @@ impl<T: Copy> Reactor<T> {
         let time = Box::new(Timespec::from(after));
         let entry = opcode::Timeout::new(&raw const *time).build();
         self.start(entry, token, Body::Timer { _time: time }, None)
+    }
+
+    /// Brings the pages of an address range into memory, as writes to them would, on an io-wq thread (MADV_POPULATE_WRITE). It
+    /// may take for ever, and cannot be cancelled.
+    pub fn populate(&mut self, addr: u64, len: u64, token: T) -> OpId {
+        let entry = opcode::Madvise::new(addr as *const _, len as i64, libc::MADV_POPULATE_WRITE).build();
+        self.start(entry, token, Body::Populate, None)
+    }
+
+    /// How many io-wq threads may work for this ring at once.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn set_workers(&mut self, bounded: u32) -> io::Result<()> {
+        self.ring.submitter().register_iowq_max_workers(&mut [bounded, 0])
     }
 
     /// Asks the kernel to end an operation. Its completion still comes, as a failure or as what it had
@@ -317,8 +350,10 @@ impl<T: Copy> Reactor<T> {
                 Body::Send(message) => Done::Sent(outcome.map(|n| n as usize), message),
                 Body::Poll => Done::Ready(outcome, false),
                 Body::Event => Done::Signalled(outcome.map(drop)),
+                Body::Wake => Done::Woken(outcome.map(drop)),
                 Body::Signal(info) => Done::Signal(outcome.map(|_| *info)),
                 Body::Timer { .. } => Done::Elapsed(result == -libc::ETIME),
+                Body::Populate => Done::Populated(outcome.map(drop)),
             };
             out.push((op.token, done));
         }
@@ -338,7 +373,9 @@ fn accepted(outcome: io::Result<u32>) -> io::Result<OwnedFd> {
 impl<T> Drop for Reactor<T> {
     fn drop(&mut self) {
         // The kernel may still write into buffers of operations in flight: end them first.
-        let _ = self.ring.submitter().register_sync_cancel(None, CancelBuilder::any());
+        // (Populates of pages that do not come cannot be ended: no longer than this.)
+        let patience = Timespec::new().nsec(100_000_000);
+        let _ = self.ring.submitter().register_sync_cancel(Some(patience), CancelBuilder::any());
         let mut rounds = 0;
         while !self.ops.is_empty() && rounds < DRAIN_ROUNDS {
             rounds += 1;

@@ -9,6 +9,8 @@ use crate::memory::RegionSpec;
 pub enum Step<F> {
     /// Send these bytes: one whole message. It carries no fd.
     Send(Vec<u8>),
+    /// Send these bytes with the port's userfaultfd ([`Effect::PostcopyAdvise`] was done).
+    SendUserfaultfd(Vec<u8>),
     /// Do this and tell the [`Outcome`] by [`complete`](super::Session::complete); no step follows before.
     Effect(Effect<F>),
     /// Write this to the log, with a rate limit.
@@ -27,6 +29,9 @@ pub enum Effect<F> {
     SetMemTable {
         /// Each region with its file.
         regions: Vec<(RegionSpec, F)>,
+        /// The pages have not arrived: register each region with the userfaultfd, touch nothing before
+        /// [`Effect::PostcopyArm`], and end with [`Outcome::Mapped`].
+        postcopy: bool,
     },
     /// Add one region to guest memory, while rings may be running.
     AddMemReg {
@@ -34,6 +39,8 @@ pub enum Effect<F> {
         region: RegionSpec,
         /// Its file.
         fd: F,
+        /// As in [`Effect::SetMemTable`].
+        postcopy: bool,
     },
     /// Remove one region, exactly as it was added.
     RemMemReg {
@@ -110,6 +117,14 @@ pub enum Effect<F> {
     SendRarp([u8; 6]),
     /// The socket for messages from the back-end to the front-end. Replaces the one before.
     SetBackendChannel(F),
+    /// Have a userfaultfd ready, the same one for all queue pairs. Nothing is registered yet.
+    PostcopyAdvise,
+    /// Guest memory that is mapped from now on has not arrived.
+    PostcopyListen,
+    /// The front-end knows where we have mapped its memory: pages may be asked for.
+    PostcopyArm,
+    /// All pages have arrived, or none will any more: nothing may fault after the outcome, and the userfaultfd is closed.
+    PostcopyEnd,
     /// The device went back to its initial state. Running rings have been stopped one by one before, memory, log,
     /// call and error fds stay: front-ends do not send them again.
     Reset,
@@ -143,6 +158,8 @@ pub enum Outcome {
     Done,
     /// The ring is stopped; the index of the first available entry not processed.
     Base(u16),
+    /// Regions are mapped and registered for postcopy: where each is, in our address space, in the order of the effect.
+    Mapped(Vec<u64>),
     /// It cannot be done: why, for the log. The front-end gets a non-zero acknowledgement.
     Refused(String),
 }

@@ -11,6 +11,7 @@ use super::error::{Matter, Notice, Refusal, SessionError};
 use super::framing::Frame;
 use super::handlers::{Answer, Call, Fault, Todo};
 use super::message::{FLAG_NEED_REPLY, LogArea, VringState, encode_reply, encode_u64, protocol_feature};
+use super::postcopy;
 use super::state::{LogState, RingAddresses};
 use super::table::{Needs, Replies};
 use crate::memory::RegionSpec;
@@ -29,6 +30,7 @@ pub(super) struct Work {
 pub(super) enum Pending {
     MemTable(Vec<RegionSpec>),
     AddRegion(RegionSpec),
+    Postcopy(postcopy::Step),
     RemRegion(RegionSpec),
     LogBase,
     Features(u64),
@@ -156,9 +158,14 @@ impl<F: 'static> Session<F> {
         Some(match todo {
             Todo::MemTable(regions) => {
                 let specs = regions.iter().map(|(spec, _)| *spec).collect();
-                (Effect::SetMemTable { regions }, Pending::MemTable(specs))
+                let postcopy = self.postcopy.is_on();
+                (Effect::SetMemTable { regions, postcopy }, Pending::MemTable(specs))
             }
-            Todo::AddRegion(region, fd) => (Effect::AddMemReg { region, fd }, Pending::AddRegion(region)),
+            Todo::AddRegion(region, fd) => {
+                let postcopy = self.postcopy.is_on();
+                (Effect::AddMemReg { region, fd, postcopy }, Pending::AddRegion(region))
+            }
+            Todo::Postcopy(step) => (step.effect(), Pending::Postcopy(step)),
             Todo::RemRegion(region) => (Effect::RemMemReg { region }, Pending::RemRegion(region)),
             Todo::LogBase { size, offset, fd } => (Effect::SetLogBase { size, offset, fd }, Pending::LogBase),
             Todo::Features(features) => {
@@ -224,22 +231,29 @@ impl<F: 'static> Session<F> {
         };
         match outcome {
             Outcome::Refused(why) => self.settle_refused(pending, why),
-            Outcome::Done => self.settle_done(pending, None),
-            Outcome::Base(base) => self.settle_done(pending, Some(base)),
+            Outcome::Done => self.settle_done(pending, None, Vec::new()),
+            Outcome::Base(base) => self.settle_done(pending, Some(base), Vec::new()),
+            Outcome::Mapped(hosts) => self.settle_done(pending, None, hosts),
         }
     }
 
-    fn settle_done(&mut self, pending: Pending, base: Option<u16>) {
+    fn settle_done(&mut self, pending: Pending, base: Option<u16>, hosts: Vec<u64>) {
         match pending {
             Pending::MemTable(regions) => {
+                self.postcopy.table_mapped(&regions, hosts);
                 self.agreed.regions = regions;
                 self.start_all();
             }
             Pending::AddRegion(region) => {
+                self.postcopy.slot_mapped(region, hosts);
                 self.agreed.regions.push(region);
                 self.start_all();
             }
-            Pending::RemRegion(region) => self.agreed.regions.retain(|known| *known != region),
+            Pending::RemRegion(region) => {
+                self.postcopy.slot_removed(&region);
+                self.agreed.regions.retain(|known| *known != region);
+            }
+            Pending::Postcopy(step) => self.postcopy.done(step),
             Pending::LogBase => {
                 self.agreed.log = LogState::Present;
                 self.start_all();
@@ -279,6 +293,8 @@ impl<F: 'static> Session<F> {
                 return self.warn_work(Matter::RingNotStarted { index, why });
             }
             Pending::Reset => self.reset_done(),
+            // Whatever is left of it, the front-end will not hear of it again.
+            Pending::Postcopy(postcopy::Step::End) => self.postcopy.done(postcopy::Step::End),
             _ => {}
         }
         if let Some(work) = &mut self.work {
@@ -339,12 +355,36 @@ impl<F: 'static> Session<F> {
             }
             Answer::Log(_) if refused => encode_reply(request, LogArea { size: 0, offset: 0 }.as_bytes()),
             Answer::Log(payload) => encode_reply(request, &payload),
+            // The acknowledgement's u64 would be taken for a table.
+            Answer::Mapped if refused => encode_reply(request, &[]),
+            Answer::Mapped => self.postcopy.latest_reply(request),
+            Answer::Userfaultfd if refused => encode_reply(request, &[]),
+            Answer::Userfaultfd => {
+                self.stats.replies += 1;
+                self.out.push_back(Step::SendUserfaultfd(encode_reply(request, &[])));
+                return;
+            }
+            Answer::Code(code) => encode_u64(request, code | u64::from(refused)),
             // Only now, since SET_PROTOCOL_FEATURES may just have agreed on it.
             Answer::Ack if need_reply && self.has_ack() => encode_u64(request, refused.into()),
-            Answer::Ack => return,
+            Answer::Ack => return self.resend_tables(request),
         };
         self.stats.replies += 1;
         self.out.push_back(Step::Send(message));
+        self.resend_tables(request);
+    }
+
+    /// What QEMU reads for a further queue pair without having asked (see `postcopy`).
+    fn resend_tables(&mut self, request: u32) {
+        if !self.cfg.postcopy_resend {
+            return;
+        }
+        let with_status = self.agreed.has_protocol(protocol_feature::STATUS);
+        let running = self.rings.iter().any(|ring| ring.running);
+        for message in self.postcopy.resend(request, with_status, running) {
+            self.stats.replies += 1;
+            self.out.push_back(Step::Send(message));
+        }
     }
 }
 

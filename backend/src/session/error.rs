@@ -6,6 +6,7 @@
 //! front-end waits for an answer that cannot be made, or where going on would corrupt the guest in silence.
 #![forbid(unsafe_code)]
 
+use super::postcopy::Phase;
 use std::fmt;
 
 /// Why this connection has to be closed.
@@ -182,6 +183,15 @@ pub enum Refusal {
     /// More than the eight bits of a device status.
     #[error("{0:#x} is no device status")]
     Status(u64),
+    /// Postcopy messages in an order that makes no sense.
+    #[error("it does not fit here: postcopy is {phase}")]
+    PostcopyPhase {
+        /// Where it is.
+        phase: Phase,
+    },
+    /// QEMU's acknowledgement of our addresses, with something else than 0.
+    #[error("the front-end could not use our addresses: {0:#x}")]
+    PostcopyAck(u64),
     /// The owner could not do it.
     #[error("{0}")]
     Owner(String),
@@ -217,6 +227,8 @@ pub enum Matter {
         /// Which ring.
         index: u16,
     },
+    /// POSTCOPY_END without a postcopy migration.
+    EndWithoutPostcopy,
     /// Features other than LOG_ALL changed while rings ran.
     FeaturesChangedWhileRunning {
         /// The bits that changed.
@@ -236,6 +248,7 @@ impl fmt::Display for Notice {
             Matter::RingWaitsForLog { index } => {
                 write!(f, "ring {index} does not start before SET_LOG_BASE, since LOG_ALL is set")
             }
+            Matter::EndWithoutPostcopy => write!(f, "there is no postcopy migration to end"),
             Matter::FeaturesChangedWhileRunning { bits } => {
                 write!(f, "feature bits {bits:#x} changed while rings run; these keep their old ones")
             }

@@ -77,6 +77,7 @@ pub mod protocol_feature {
         | REPLY_ACK
         | MTU
         | BACKEND_REQ
+        | PAGEFAULT
         | CONFIG
         | RESET_DEVICE
         | CONFIGURE_MEM_SLOTS
@@ -88,6 +89,8 @@ pub mod protocol_feature {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum RequestId {
+    /// Not a message of the specification: QEMU's acknowledgement in postcopy when no slot has changed.
+    None = 0,
     GetFeatures = 1,
     SetFeatures = 2,
     SetOwner = 3,

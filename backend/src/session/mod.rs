@@ -13,6 +13,7 @@
 //! ```
 //! - `framing`: from reads to messages. `message`: layouts and numbers. `table`: every message, one row each.
 //! - `handlers`: one function per message. `state`: what was agreed on, and the rings. `engine`: todo and outcomes.
+//! - `postcopy`: the phases of a migration to here whose pages come later.
 //! - `effect` and `error`: what crosses the border to the owner.
 //!
 //! One message is handled at a time, and one effect is outstanding at most; what arrives meanwhile waits, within
@@ -25,6 +26,7 @@ mod error;
 mod framing;
 mod handlers;
 mod message;
+mod postcopy;
 mod state;
 mod table;
 #[cfg(test)]
@@ -40,11 +42,13 @@ pub use message::{
     CONFIG_BYTES_MAX, FDS_PER_MESSAGE_MAX, HEADER_BYTES, PAYLOAD_BYTES_MAX, RING_SIZE_MAX, RequestId,
     TABLE_REGIONS_MAX, protocol_feature, virtio_feature,
 };
+pub use postcopy::Phase;
 pub use state::{LogState, RingView};
 
 use engine::{Pending, Work};
 use framing::Framing;
 use handlers::Todo;
+use postcopy::Postcopy;
 use state::{Negotiated, Ring};
 
 /// Most queue pairs of a session: a ring's index has eight bits in SET_VRING_KICK.
@@ -65,6 +69,8 @@ pub struct SessionConfig {
     pub config_space: Option<ConfigSpace>,
     /// Most MTU that NET_SET_MTU may ask for, bytes.
     pub mtu_max: u16,
+    /// Send the answer to the memory table again for each further queue pair (see [`postcopy`]).
+    pub postcopy_resend: bool,
 }
 
 /// Bytes of a device's configuration space, at most [`CONFIG_BYTES_MAX`].
@@ -89,6 +95,7 @@ pub struct Session<F> {
     input: Framing<F>,
     agreed: Negotiated,
     rings: Vec<Ring<F>>,
+    postcopy: Postcopy,
     /// The message being handled.
     work: Option<Work>,
     /// What it still needs from the owner.
@@ -117,6 +124,7 @@ impl<F: 'static> Session<F> {
             input: Framing::new(),
             agreed: Negotiated::new(),
             rings,
+            postcopy: Postcopy::default(),
             work: None,
             todo: VecDeque::new(),
             pending: None,
@@ -186,6 +194,11 @@ impl<F: 'static> Session<F> {
     /// Guest memory regions that the owner has.
     pub fn regions(&self) -> &[crate::memory::RegionSpec] {
         &self.agreed.regions
+    }
+
+    /// How far a postcopy migration to here is.
+    pub fn postcopy(&self) -> Phase {
+        self.postcopy.phase
     }
 
     /// The dirty log.

@@ -6,7 +6,7 @@
 
 use super::Session;
 use super::error::Refusal;
-use super::handlers::{Answer, Call, Fault, device, features, log, memory, net, rings};
+use super::handlers::{Answer, Call, Fault, device, features, log, memory, net, postcopy, rings};
 use super::message::RequestId as Id;
 use super::message::{CONFIG_BYTES_MAX, TABLE_REGIONS_MAX, protocol_feature as feature};
 
@@ -24,6 +24,8 @@ pub(super) enum Payload {
     Bytes(usize),
     /// A memory table: a head of 8, and 32 for each region.
     Table,
+    /// A memory slot of 40, or the 8 of postcopy's acknowledgement.
+    Slot,
     /// A head of 12, and up to 256 of configuration space.
     Config,
     /// Not looked at: the message is refused anyway.
@@ -39,6 +41,7 @@ impl Payload {
             Payload::Table => {
                 size >= 8 && (size - 8).is_multiple_of(32) && (size - 8) / 32 <= TABLE_REGIONS_MAX
             }
+            Payload::Slot => size == 40 || size == 8,
             Payload::Config => (12..=12 + CONFIG_BYTES_MAX).contains(&size),
             Payload::Any => true,
         }
@@ -93,7 +96,7 @@ const fn row<F>(
 }
 
 use Needs::{Acked, Nothing, Offered, Part};
-use Payload::{Any, Bytes, Config, Empty, Table, U64};
+use Payload::{Any, Bytes, Config, Empty, Slot, Table, U64};
 use Replies::{Ack, Own};
 
 /// Nobody: the row's [`Needs::Part`] refuses the message before.
@@ -107,6 +110,7 @@ impl<F: 'static> Session<F> {
     #[rustfmt::skip]
     const TABLE: &'static [Row<F>] = &[
         // id                         name                     payload    fds           needs                               reply handler
+        row(Id::None,                "POSTCOPY_ACK",          U64,       (0, 0),       Acked(feature::PAGEFAULT),          Ack, postcopy::acknowledged),
         row(Id::GetFeatures,         "GET_FEATURES",          Empty,     (0, 0),       Nothing,                            Own, features::get_features),
         row(Id::SetFeatures,         "SET_FEATURES",          U64,       (0, 0),       Nothing,                            Ack, features::set_features),
         row(Id::SetOwner,            "SET_OWNER",             Empty,     (0, 0),       Nothing,                            Ack, device::set_owner),
@@ -133,17 +137,17 @@ impl<F: 'static> Session<F> {
         row(Id::SetVringEndian,      "SET_VRING_ENDIAN",      Any,       (0, MAX_FDS), Part("foreign byte order"),         Ack, nobody),
         row(Id::GetConfig,           "GET_CONFIG",            Config,    (0, 0),       Offered(feature::CONFIG),           Own, net::get_config),
         row(Id::SetConfig,           "SET_CONFIG",            Config,    (0, 0),       Acked(feature::CONFIG),             Ack, net::set_config),
-        row(Id::PostcopyAdvise,      "POSTCOPY_ADVISE",       Any,       (0, MAX_FDS), Part("postcopy"),                   Ack, nobody),
-        row(Id::PostcopyListen,      "POSTCOPY_LISTEN",       Any,       (0, MAX_FDS), Part("postcopy"),                   Ack, nobody),
-        row(Id::PostcopyEnd,         "POSTCOPY_END",          Any,       (0, MAX_FDS), Part("postcopy"),                   Ack, nobody),
+        row(Id::PostcopyAdvise,      "POSTCOPY_ADVISE",       Empty,     (0, 0),       Acked(feature::PAGEFAULT),          Own, postcopy::advise),
+        row(Id::PostcopyListen,      "POSTCOPY_LISTEN",       Empty,     (0, 0),       Acked(feature::PAGEFAULT),          Own, postcopy::listen),
+        row(Id::PostcopyEnd,         "POSTCOPY_END",          Empty,     (0, 0),       Acked(feature::PAGEFAULT),          Own, postcopy::end),
         row(Id::GetInflightFd,       "GET_INFLIGHT_FD",       Any,       (0, MAX_FDS), Part("inflight tracking"),          Ack, nobody),
         row(Id::SetInflightFd,       "SET_INFLIGHT_FD",       Any,       (0, MAX_FDS), Part("inflight tracking"),          Ack, nobody),
         row(Id::ResetDevice,         "RESET_DEVICE",          Empty,     (0, 0),       Acked(feature::RESET_DEVICE),       Ack, device::reset_device),
         row(Id::VringKick,           "VRING_KICK",            Any,       (0, MAX_FDS), Part("in-band notifications"),      Ack, nobody),
         row(Id::GetMaxMemSlots,      "GET_MAX_MEM_SLOTS",     Empty,     (0, 0),       Offered(feature::CONFIGURE_MEM_SLOTS), Own, memory::get_max_mem_slots),
-        row(Id::AddMemReg,           "ADD_MEM_REG",           Bytes(40), (1, 1),       Acked(feature::CONFIGURE_MEM_SLOTS), Ack, memory::add_mem_reg),
+        row(Id::AddMemReg,           "ADD_MEM_REG",           Slot,      (0, 1),       Acked(feature::CONFIGURE_MEM_SLOTS), Ack, memory::add_mem_reg),
         // The specification has no fd here, but some front-ends send one.
-        row(Id::RemMemReg,           "REM_MEM_REG",           Bytes(40), (0, 1),       Acked(feature::CONFIGURE_MEM_SLOTS), Ack, memory::rem_mem_reg),
+        row(Id::RemMemReg,           "REM_MEM_REG",           Slot,      (0, 1),       Acked(feature::CONFIGURE_MEM_SLOTS), Ack, memory::rem_mem_reg),
         row(Id::SetStatus,           "SET_STATUS",            U64,       (0, 0),       Acked(feature::STATUS),             Ack, device::set_status),
         row(Id::GetStatus,           "GET_STATUS",            Empty,     (0, 0),       Offered(feature::STATUS),           Own, device::get_status),
         // The same number is upstream's GET_SHARED_OBJECT: the two exclude each other.

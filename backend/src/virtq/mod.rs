@@ -6,10 +6,12 @@
 #![forbid(unsafe_code)]
 
 mod chain;
+mod lookahead;
 mod split;
 #[cfg(test)]
 pub(crate) mod tests;
 
 pub use crate::memory::ring::RingError;
 pub use chain::{Chain, ChainError, MAX_CHAIN, Segment};
+pub use lookahead::Purpose;
 pub use split::{PopError, QueueConfig, QueueError, SplitQueue};

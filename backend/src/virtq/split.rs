@@ -113,9 +113,9 @@ pub enum PopError {
 /// A split virtqueue in guest memory.
 #[derive(Debug)]
 pub struct SplitQueue {
-    ring: RingView,
-    next_avail: u16,
-    avail_cached: u16,
+    pub(super) ring: RingView,
+    pub(super) next_avail: u16,
+    pub(super) avail_cached: u16,
     next_used: u16,
     published: u16,
     /// The used index at the last decision on a call; None before the first.
@@ -125,7 +125,7 @@ pub struct SplitQueue {
     synced: bool,
     /// What `used.flags` says about kicks, once we wrote it.
     kicks_enabled: Option<bool>,
-    config: QueueConfig,
+    pub(super) config: QueueConfig,
     resynced: bool,
     #[cfg(debug_assertions)]
     in_work: std::collections::VecDeque<u16>,
@@ -159,6 +159,8 @@ impl SplitQueue {
             return Err(QueueError::Busy);
         }
         self.ring = ring;
+        // The next chain is taken after another look at the ring, which finds out whether it is present.
+        self.avail_cached = self.next_avail;
         self.kicks_enabled = None;
         Ok(())
     }
@@ -216,7 +218,8 @@ impl SplitQueue {
                 return Ok(false);
             }
         }
-        let ring = self.ring.access().map_err(PopError::Missing)?;
+        // Chains are known of, so the ring was present when they were looked for.
+        let ring = self.ring.access_known();
         let head = ring.avail_head(self.next_avail);
         let Some(first) = ring.descriptor(head) else {
             let size = ring.size();
@@ -250,9 +253,7 @@ impl SplitQueue {
         #[cfg(debug_assertions)]
         assert_eq!(self.in_work.pop_front(), Some(head), "chains must be completed in ring order");
         // A chain was taken, so the ring is present; `remap` sees to it that it stays so.
-        if let Ok(ring) = self.ring.access() {
-            ring.write_used(self.next_used, u32::from(head), len);
-        }
+        self.ring.access_known().write_used(self.next_used, u32::from(head), len);
         self.next_used = self.next_used.wrapping_add(1);
     }
 
@@ -262,9 +263,7 @@ impl SplitQueue {
         if self.published == self.next_used {
             return;
         }
-        if let Ok(ring) = self.ring.access() {
-            ring.store_used_idx(self.published, self.next_used);
-        }
+        self.ring.access_known().store_used_idx(self.published, self.next_used);
         self.undecided += u32::from(self.next_used.wrapping_sub(self.published));
         self.published = self.next_used;
     }
@@ -330,7 +329,7 @@ impl SplitQueue {
     }
 
     /// Looks at `avail.idx`.
-    fn refill(&mut self) -> Result<(), QueueError> {
+    pub(super) fn refill(&mut self) -> Result<(), QueueError> {
         self.sync()?;
         let idx = self.ring.access()?.avail_idx();
         let size = self.ring.size();
@@ -389,7 +388,7 @@ impl SplitQueue {
         if ahead >= known {
             return;
         }
-        let Ok(ring) = self.ring.access() else { return };
+        let ring = self.ring.access_known();
         let at = self.next_avail.wrapping_add(ahead);
         if ahead + DESCRIPTORS_AHEAD < known {
             ring.prefetch_descriptor(ring.avail_head(at.wrapping_add(DESCRIPTORS_AHEAD)));

@@ -8,6 +8,7 @@ use super::pair::Pair;
 use super::{Attachment, Command, PairKey, PairToken, Reply, ToControl};
 use crate::net::{rx, tx};
 use crate::reactor::{Done, Reactor};
+use crate::virtq::Chain;
 use slab::Slab;
 use std::collections::{HashMap, VecDeque};
 
@@ -18,6 +19,8 @@ pub struct Shared {
     pub tx: tx::Scratch,
     /// The receive path's buffers.
     pub rx: rx::Scratch,
+    /// For looks at chains that nobody has taken yet.
+    pub ahead: Chain,
     /// Messages for control.
     pub outbox: Vec<ToControl>,
 }
@@ -57,8 +60,11 @@ impl Datapath {
             return;
         };
         let pair = &mut self.pairs[slot];
+        let silent = matches!(command, Command::Arrived);
         let reply = pair.command(reactor, command, &mut self.shared);
-        self.shared.outbox.push(ToControl::Reply(key, reply));
+        if !silent {
+            self.shared.outbox.push(ToControl::Reply(key, reply));
+        }
         if pair.take_ready() {
             self.ready.push_back(slot);
         }

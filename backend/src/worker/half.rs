@@ -22,6 +22,8 @@ pub(super) struct Ring {
     pub(super) listening: bool,
     /// It waits for this guest memory (postcopy).
     pub(super) parked: Option<MissingRange>,
+    /// Chains may have come whose pages are missing: look at them before their turn comes (postcopy).
+    pub(super) look_ahead: bool,
 }
 
 impl Ring {
@@ -48,6 +50,13 @@ impl Ring {
     pub(super) fn look_again(&mut self) {
         self.parked = None;
         self.pending = true;
+        self.look_ahead = true;
+    }
+
+    /// It cannot go on before this has arrived.
+    pub(super) fn park(&mut self, range: MissingRange) {
+        self.parked = Some(range);
+        self.look_ahead = true;
     }
 }
 

@@ -9,6 +9,7 @@
 //!                  ◄── Reply/Event ──┘
 //! ```
 
+mod ahead;
 pub mod datapath;
 mod half;
 pub mod pair;
@@ -16,11 +17,12 @@ pub mod pair;
 mod tests;
 pub mod thread;
 mod turn;
+mod wake;
 
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, MissingRange};
 use crate::net::counters::PairCounters;
 use crate::uplink::UplinkQueue;
-use crate::virtq::QueueConfig;
+use crate::virtq::{Purpose, QueueConfig};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -99,7 +101,7 @@ pub enum Command {
         /// An eventfd.
         fd: Option<Arc<OwnedFd>>,
     },
-    /// Guest memory that was missing has arrived: parked rings look again.
+    /// Guest memory that was missing has arrived: parked rings look again. Has no reply.
     Arrived,
     /// Stop both rings and forget everything about the front-end.
     Reset,
@@ -125,6 +127,15 @@ pub enum Event {
     MemoryFault,
     /// The uplink cannot be used now.
     UplinkDown(String),
+    /// Pages are missing that a ring needs now or soon.
+    Wants {
+        /// Which ring.
+        direction: Direction,
+        /// What it waits for, if it is parked: nothing moves before this has arrived.
+        parked: Option<MissingRange>,
+        /// What it and the chains behind need, in the order of need.
+        ranges: Vec<(MissingRange, Purpose)>,
+    },
 }
 
 /// What a worker is started with or told.
@@ -171,10 +182,14 @@ pub struct PairToken {
 pub enum What {
     /// Poll of a kick eventfd.
     Kick(Direction),
-    /// Poll of the uplink for frames.
-    UplinkReadable,
+    /// Poll of one of the uplink's descriptors for frames.
+    UplinkReadable(u16),
     /// Poll of the uplink for room.
     UplinkWritable,
+    /// Wake-up of the uplink's kernel side.
+    UplinkWake(Direction),
+    /// The pause before the next one.
+    UplinkPause(Direction),
     /// Write to a call eventfd.
     Call(Direction),
     /// Write to an error eventfd.

@@ -24,7 +24,12 @@ impl Pair {
     pub fn turn<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, shared: &mut Shared) {
         self.queued = false;
         self.transmit(reactor, shared);
+        self.wake_uplink(reactor, Direction::Transmit);
         self.receive(reactor, shared);
+        if self.looks_ahead() {
+            self.look_ahead(shared);
+        }
+        self.wake_uplink(reactor, Direction::Receive);
         if self.memory.poisoned() {
             self.fail_memory(reactor, shared);
         }
@@ -55,12 +60,15 @@ impl Pair {
                 End::Budget => Ok(()),
                 End::Idle if ring.kick.is_some() => ring.await_kick(),
                 End::Parked(range) => {
-                    ring.parked = Some(range);
+                    ring.park(range);
                     self.counters.parks.add(1);
                     Ok(())
                 }
                 End::UplinkFull => {
                     ring.pending = false;
+                    if used > 0 {
+                        self.found_room();
+                    }
                     self.wait_writable(reactor);
                     Ok(())
                 }
@@ -116,7 +124,7 @@ impl Pair {
                 }
                 End::NoBuffers if ring.kick.is_some() => ring.await_kick(),
                 End::Parked(range) => {
-                    ring.parked = Some(range);
+                    ring.park(range);
                     self.counters.parks.add(1);
                     Ok(())
                 }

@@ -22,6 +22,9 @@ pub(in crate::session) fn set_mem_table<F: 'static>(
     session: &mut Session<F>,
     call: &mut Call<F>,
 ) -> Result<Answer, Fault> {
+    if super::postcopy::is_acknowledgement(session, call) {
+        return super::postcopy::acknowledged(session, call);
+    }
     let head: TableHead = call.body()?;
     let list = &call.payload[size_of::<TableHead>()..];
     let count = list.len() / size_of::<WireRegion>();
@@ -43,7 +46,7 @@ pub(in crate::session) fn set_mem_table<F: 'static>(
     }
     let fds = std::mem::take(&mut call.fds);
     session.todo.push_back(Todo::MemTable(regions.into_iter().zip(fds).collect()));
-    Ok(Answer::Ack)
+    Ok(session.postcopy.answer_to_memory())
 }
 
 pub(in crate::session) fn get_max_mem_slots<F: 'static>(
@@ -57,6 +60,9 @@ pub(in crate::session) fn add_mem_reg<F: 'static>(
     session: &mut Session<F>,
     call: &mut Call<F>,
 ) -> Result<Answer, Fault> {
+    if super::postcopy::is_acknowledgement(session, call) {
+        return super::postcopy::acknowledged(session, call);
+    }
     let region = call.body::<SingleRegion>()?.region.into();
     if session.agreed.regions.len() as u64 >= session.cfg.max_mem_slots {
         return Err(Refusal::SlotsFull(session.cfg.max_mem_slots).into());
@@ -64,7 +70,7 @@ pub(in crate::session) fn add_mem_reg<F: 'static>(
     check_duplicate(&session.agreed.regions, &region)?;
     let fd = call.fd()?;
     session.todo.push_back(Todo::AddRegion(region, fd));
-    Ok(Answer::Ack)
+    Ok(session.postcopy.answer_to_memory())
 }
 
 /// A region is named by its guest address, user address and size; the offset in the file is not compared.
@@ -73,6 +79,9 @@ pub(in crate::session) fn rem_mem_reg<F: 'static>(
     session: &mut Session<F>,
     call: &mut Call<F>,
 ) -> Result<Answer, Fault> {
+    if super::postcopy::is_acknowledgement(session, call) {
+        return super::postcopy::acknowledged(session, call);
+    }
     let wire = call.body::<SingleRegion>()?.region;
     let named = |known: &&RegionSpec| {
         (known.guest_phys, known.user_addr, known.size) == (wire.guest_phys, wire.user_addr, wire.size)

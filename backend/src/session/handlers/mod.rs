@@ -9,12 +9,14 @@ pub(super) mod features;
 pub(super) mod log;
 pub(super) mod memory;
 pub(super) mod net;
+pub(super) mod postcopy;
 pub(super) mod rings;
 
 use zerocopy::FromBytes;
 
 use super::effect::Effect;
 use super::error::{Refusal, SessionError};
+use super::postcopy::Step as PostcopyStep;
 use super::state::RingAddresses;
 use crate::memory::RegionSpec;
 
@@ -62,6 +64,12 @@ pub(super) enum Answer {
     Base(u16),
     /// SET_LOG_BASE with this payload; with zeros if refused.
     Log(Vec<u8>),
+    /// SET_MEM_TABLE or ADD_MEM_REG in postcopy: the regions, with our addresses in place of the front-end's.
+    Mapped,
+    /// POSTCOPY_ADVISE: nothing but the userfaultfd.
+    Userfaultfd,
+    /// This u64, whether asked for or not; 1 if refused.
+    Code(u64),
 }
 
 /// Why a handler does not do what it was told.
@@ -83,6 +91,8 @@ impl From<Refusal> for Fault {
 pub(super) enum Todo<F> {
     MemTable(Vec<(RegionSpec, F)>),
     AddRegion(RegionSpec, F),
+    /// A step of postcopy; what it changes is in `session::postcopy`.
+    Postcopy(PostcopyStep),
     RemRegion(RegionSpec),
     LogBase {
         size: u64,

@@ -8,7 +8,7 @@ fn a_table_pairs_regions_with_fds_in_order() {
     let steps = lab.ask(Id::SetMemTable, &table(&[region(0), region(4)]), 2);
     assert_eq!(reply_u64(Id::SetMemTable, &steps), 0);
     let regions = vec![(spec(0), Fd(0)), (spec(4), Fd(1))];
-    assert_eq!(effects(steps), [Effect::SetMemTable { regions }]);
+    assert_eq!(effects(steps), [Effect::SetMemTable { regions, postcopy: false }]);
     assert_eq!(lab.session.regions(), [spec(0), spec(4)]);
 }
 
@@ -62,7 +62,7 @@ fn slots_are_added_and_removed_one_by_one() {
     let mut lab = Lab::agreed();
     let steps = lab.ask(Id::AddMemReg, &slot(0), 1);
     assert_eq!(reply_u64(Id::AddMemReg, &steps), 0);
-    assert_eq!(effects(steps), [Effect::AddMemReg { region: spec(0), fd: Fd(0) }]);
+    assert_eq!(effects(steps), [Effect::AddMemReg { region: spec(0), fd: Fd(0), postcopy: false }]);
     lab.send(Id::AddMemReg, &slot(1), 1);
     let steps = lab.ask(Id::RemMemReg, &slot(0), 0);
     assert_eq!(reply_u64(Id::RemMemReg, &steps), 0);

@@ -7,6 +7,7 @@ mod device;
 mod features;
 mod memory;
 mod owner;
+mod postcopy;
 mod replay;
 mod rings;
 mod stream;
@@ -43,6 +44,7 @@ fn config() -> SessionConfig {
         max_mem_slots: 4,
         config_space: ConfigSpace::new((0..12).collect()),
         mtu_max: 9000,
+        postcopy_resend: false,
     }
 }
 

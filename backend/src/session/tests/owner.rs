@@ -17,12 +17,24 @@ pub struct CheckedOwner {
     pub features: u64,
     /// A log has been set.
     pub log: bool,
+    /// A userfaultfd is there.
+    pub userfaultfd: bool,
+    /// Memory that comes has not arrived.
+    pub listening: bool,
 }
 
 impl CheckedOwner {
     /// An owner of so many rings.
     pub fn new(rings: usize) -> Self {
-        Self { rings: vec![None; rings], bases: vec![0; rings], regions: Vec::new(), features: 0, log: false }
+        Self {
+            rings: vec![None; rings],
+            bases: vec![0; rings],
+            regions: Vec::new(),
+            features: 0,
+            log: false,
+            userfaultfd: false,
+            listening: false,
+        }
     }
 
     /// Check an effect, carry it out in the model unless `refuse`, and tell what became of it.
@@ -33,8 +45,21 @@ impl CheckedOwner {
         }
         self.check(effect);
         match effect {
-            Effect::SetMemTable { regions } => self.regions = regions.iter().map(|(spec, _)| *spec).collect(),
-            Effect::AddMemReg { region, .. } => self.regions.push(*region),
+            Effect::SetMemTable { regions, postcopy } => {
+                self.regions = regions.iter().map(|(spec, _)| *spec).collect();
+                if *postcopy {
+                    return Outcome::Mapped(self.regions.iter().map(host).collect());
+                }
+            }
+            Effect::AddMemReg { region, postcopy, .. } => {
+                self.regions.push(*region);
+                if *postcopy {
+                    return Outcome::Mapped(vec![host(region)]);
+                }
+            }
+            Effect::PostcopyAdvise => self.userfaultfd = true,
+            Effect::PostcopyEnd => (self.userfaultfd, self.listening) = (false, false),
+            Effect::PostcopyListen => self.listening = true,
             Effect::RemMemReg { region } => self.regions.retain(|known| known != region),
             Effect::SetLogBase { .. } => self.log = true,
             Effect::SetFeatures { features, .. } => self.features = *features,
@@ -55,6 +80,7 @@ impl CheckedOwner {
             | Effect::SetMtu(_)
             | Effect::SendRarp(_)
             | Effect::SetBackendChannel(_)
+            | Effect::PostcopyArm
             | Effect::Reset => {}
         }
         Outcome::Done
@@ -62,10 +88,20 @@ impl CheckedOwner {
 
     fn check<F>(&self, effect: &Effect<F>) {
         match effect {
-            Effect::SetMemTable { regions } => {
+            Effect::SetMemTable { regions, postcopy } => {
+                assert_eq!(*postcopy, self.listening);
                 assert!((1..=TABLE_REGIONS_MAX).contains(&regions.len()), "{} regions", regions.len());
             }
-            Effect::AddMemReg { region, .. } => assert!(!self.regions.contains(region), "added twice"),
+            Effect::AddMemReg { region, postcopy, .. } => {
+                assert_eq!(*postcopy, self.listening);
+                assert!(!self.regions.contains(region), "added twice");
+            }
+            Effect::PostcopyListen => {
+                assert!(self.userfaultfd && !self.listening, "listening without advice")
+            }
+            Effect::PostcopyArm => assert!(self.listening, "armed without listening"),
+            Effect::PostcopyEnd => assert!(self.userfaultfd, "nothing to end"),
+            Effect::PostcopyAdvise => assert!(!self.listening, "advised while listening"),
             Effect::RemMemReg { region } => {
                 assert!(self.regions.contains(region), "removed what is not there")
             }
@@ -100,4 +136,9 @@ impl CheckedOwner {
         assert_eq!(config.features, self.features, "a ring with features that were not agreed on");
         assert!(config.enabled || config.features & (1 << 30) != 0, "disabled without PROTOCOL_FEATURES");
     }
+}
+
+/// Where this owner says that a region is mapped.
+pub fn host(region: &RegionSpec) -> u64 {
+    region.user_addr ^ 0x1111_0000_0000
 }

@@ -26,7 +26,7 @@ fn parse(line: &str) -> Message<'_> {
     for word in words {
         match word.strip_prefix('+') {
             Some(count) => fds = count.parse().unwrap(),
-            None if matches!(word, "ack" | "log") => {}
+            None if matches!(word, "ack" | "log" | "table" | "uffd") => {}
             None => args.push(number(word)),
         }
     }
@@ -53,24 +53,38 @@ fn payload(name: &str, args: &[u64]) -> Vec<u8> {
         }
         .as_bytes()
         .to_vec(),
-        "SET_MEM_TABLE" => table(&regions(args)),
+        "SET_MEM_TABLE" if args.len() > 1 => table(&regions(args)),
         "ADD_MEM_REG" => SingleRegion { padding: 0, region: regions(args)[0] }.as_bytes().to_vec(),
         _ => args.iter().flat_map(|arg| arg.to_ne_bytes()).collect(),
     }
 }
 
-/// The reply in the files' words.
-fn spell(name: &str, steps: &[Step<Fd>]) -> Option<String> {
-    let row = Session::<Fd>::rows().iter().find(|row| row.name == name).unwrap();
-    if !steps.iter().any(|step| matches!(step, Step::Send(_))) {
-        return None;
-    }
-    let payload = reply(row.id, steps);
-    let value = || u64::read_from_bytes(&payload).unwrap();
-    Some(match name {
+/// The replies in the files' words.
+fn spell(steps: &[Step<Fd>]) -> Vec<String> {
+    let spelled = steps.iter().filter_map(|step| match step {
+        Step::Send(bytes) => Some(spell_one(bytes)),
+        Step::SendUserfaultfd(bytes) => {
+            assert_eq!(bytes.len(), super::super::HEADER_BYTES);
+            Some("< POSTCOPY_ADVISE uffd".into())
+        }
+        _ => None,
+    });
+    spelled.collect()
+}
+
+fn spell_one(bytes: &[u8]) -> String {
+    let (header, payload) = Header::read_from_prefix(bytes).unwrap();
+    let name = Session::<Fd>::row(header.request).unwrap().name;
+    assert_eq!((header.flags, header.size as usize), (5, payload.len()));
+    let value = || u64::read_from_bytes(payload).unwrap();
+    match name {
+        "SET_MEM_TABLE" if payload.len() > 8 => {
+            assert_eq!((payload.len() - 8) % size_of::<WireRegion>(), 0);
+            format!("< {name} table")
+        }
         "SET_LOG_BASE" => format!("< {name} log"),
         "GET_VRING_BASE" => {
-            let state = VringState::read_from_bytes(&payload).unwrap();
+            let state = VringState::read_from_bytes(payload).unwrap();
             format!("< {name} {} {}", state.index, state.num)
         }
         _ if name.starts_with("GET_") => format!("< {name} {:#x}", value()),
@@ -78,13 +92,13 @@ fn spell(name: &str, steps: &[Step<Fd>]) -> Option<String> {
             assert_eq!(value(), 0, "{name} was refused");
             format!("< {name} ack")
         }
-    })
+    }
 }
 
 /// What the owner was told, in a few words, without call and error fds and repeated enables.
 fn summary(effect: &Effect<Fd>, out: &mut String) {
     let _ = match effect {
-        Effect::SetMemTable { regions } => write!(out, "table{} ", regions.len()),
+        Effect::SetMemTable { regions, .. } => write!(out, "table{} ", regions.len()),
         Effect::AddMemReg { .. } => write!(out, "add "),
         Effect::SetLogBase { size, .. } => write!(out, "log{size:#x} "),
         Effect::SetFeatures { log_all, .. } => write!(out, "features{} ", if *log_all { "+log" } else { "" }),
@@ -105,6 +119,10 @@ fn summary(effect: &Effect<Fd>, out: &mut String) {
         | Effect::SetCall { .. }
         | Effect::SetErr { .. }
         | Effect::SetBackendChannel(_) => Ok(()),
+        Effect::PostcopyAdvise => write!(out, "advise "),
+        Effect::PostcopyListen => write!(out, "listen "),
+        Effect::PostcopyArm => write!(out, "arm "),
+        Effect::PostcopyEnd => write!(out, "end "),
     };
 }
 
@@ -120,6 +138,7 @@ fn replay(text: &str) -> String {
         max_mem_slots: recorded("GET_MAX_MEM_SLOTS").map_or(32, |message| message.args[0]),
         config_space: None,
         mtu_max: 9000,
+        postcopy_resend: true,
     });
     let mut told = String::new();
     for (at, line) in lines.iter().enumerate().filter(|(_, line)| line.starts_with('>')) {
@@ -139,15 +158,14 @@ fn replay(text: &str) -> String {
         for step in &steps {
             match step {
                 Step::Effect(effect) => summary(effect, &mut told),
-                Step::Send(_) => {}
+                Step::Send(_) | Step::SendUserfaultfd(_) => {}
                 other => panic!("line {}: {line}: {other:?}", at + 1),
             }
         }
-        let expected = lines.get(at + 1).filter(|next| next.starts_with('<'));
-        let ours = spell(name, &steps);
-        match name {
-            "GET_PROTOCOL_FEATURES" => {}
-            _ => assert_eq!(ours.as_deref(), expected.copied(), "line {}: {line}", at + 1),
+        let expected: Vec<&str> =
+            lines[at + 1..].iter().copied().take_while(|next| next.starts_with('<')).collect();
+        if name != "GET_PROTOCOL_FEATURES" {
+            assert_eq!(spell(&steps), expected, "line {}: {line}", at + 1);
         }
     }
     assert_eq!(lab.session.stats().refused(), 0);
@@ -195,6 +213,11 @@ replays! {
         "reset reset features add start0@0 start1@0 add stop0 stop1",
     hotplug_table_qemu10: "hotplug-table-qemu10" => "features table1 start0@0 start1@0 table2 stop0 stop1",
     host_mtu_qemu10: "host-mtu-qemu10" => "mtu1400 features table1 start0@0 start1@0 stop0 stop1",
+    postcopy_qemu10_destination: "postcopy-qemu10-destination" =>
+        "advise listen features table1 arm start0@28 start1@34 end stop0 stop1",
+    postcopy_two_pairs_qemu10_destination: "postcopy-two-pairs-qemu10-destination" =>
+        "advise advise listen features table1 arm start0@18 start1@24 features start2@6 start3@5 end
+         stop0 stop1 stop2 stop3",
     reconnect_qemu10: "reconnect-qemu10" => "features table1 start0@4 start1@4 stop0 stop1",
     qemu_is_server_qemu10: "qemu-is-server-qemu10" => "features table1 start0@0 start1@0",
     live_update_qemu10_old: "live-update-qemu10-old" => "features table1 start0@0 start1@0 stop0 stop1",

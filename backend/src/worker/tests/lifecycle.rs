@@ -234,11 +234,11 @@ fn a_parked_ring_goes_on_when_memory_has_arrived() {
     kick(&rig.rx_kick);
     rig.settle();
     assert_eq!(rig.counters.read().parks, 2);
-    rig.done(Command::Arrived);
+    rig.arrived();
     rig.settle();
     assert_eq!(rig.counters.read().parks, 4, "something else had arrived");
     arrived.set_present(0..MEM_SIZE);
-    rig.done(Command::Arrived);
+    rig.arrived();
     rig.settle();
     assert_eq!(rig.marks(), [3]);
     assert_eq!((rig.tx.used_idx(), rig.rx.used_idx()), (3, 1));
@@ -253,7 +253,7 @@ fn a_parked_ring_stops_at_once() {
     kick(&rig.tx_kick);
     rig.settle();
     assert_eq!(rig.stop(Transmit), 0);
-    rig.done(Command::Arrived);
+    rig.arrived();
     rig.settle();
     assert!(rig.marks().is_empty());
 }

@@ -134,6 +134,11 @@ impl Rig {
         assert!(matches!(reply, Reply::Done), "{reply:?}");
     }
 
+    /// Pages have arrived: the one command without a reply.
+    pub fn arrived(&mut self) {
+        self.datapath.command(&mut self.reactor, KEY, Command::Arrived);
+    }
+
     pub fn start(&mut self, direction: Direction, enabled: bool) {
         let (config, kick) = match direction {
             Direction::Receive => (self.rx.config, self.rx_kick.clone()),

@@ -1,0 +1,203 @@
+//! Control's part in postcopy: wants of pairs go to the fault engine, its populates to the reactor, and what has arrived
+//! back to the rings that wait.
+#![forbid(unsafe_code)]
+
+use super::control::{Control, ControlToken, PortOp};
+use super::helper::Job;
+use crate::memory::MissingRange;
+use crate::postcopy::engine::{Completed, RegionId};
+use crate::reactor::Reactor;
+use crate::virtq::Purpose;
+use crate::worker::{Command, Direction, PairKey};
+use std::any::Any;
+use std::io;
+use std::time::{Duration, Instant};
+
+/// How long END waits for populates under way. The front-end waits with it; pages that have been placed need no time.
+pub(super) const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
+/// The pause between scans for pages that came by themselves, while a ring waits.
+const SCAN_PAUSE: Duration = Duration::from_millis(20);
+/// The pause before rings look again after a populate failed for lack of memory or the like.
+const FAILED_PAUSE: Duration = Duration::from_millis(10);
+
+/// Regions that were given up, with what must live until their populates have ended.
+pub(super) struct Retiring {
+    pub(super) regions: Vec<RegionId>,
+    pub(super) keep: Box<dyn Any + Send>,
+    pub(super) port: u16,
+}
+
+impl Control {
+    /// A ring needs pages now or soon.
+    pub(super) fn wants<T: Copy + From<ControlToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        key: PairKey,
+        direction: Direction,
+        parked: Option<MissingRange>,
+        ranges: &[(MissingRange, Purpose)],
+    ) {
+        let port = &mut self.ports[usize::from(key.port)];
+        let ring = (key.pair, direction == Direction::Receive);
+        if let Some(range) = parked {
+            port.postcopy.parked.entry(ring).or_insert((range, Instant::now())).0 = range;
+        }
+        for (range, _purpose) in ranges {
+            let Some((mapping, offset)) = port.memory.locate(range.gpa) else { continue };
+            let mapping = &port.memory.mappings()[mapping];
+            let region =
+                port.postcopy.regions.iter().find(|region| std::sync::Arc::ptr_eq(&region.mapping, mapping));
+            if let Some(region) = region {
+                self.engine.want(region.id, offset..offset + range.len);
+            }
+        }
+        // It may have arrived since the ring looked.
+        self.arrivals(usize::from(key.port));
+        self.scan_later(reactor, usize::from(key.port));
+        self.populate(reactor);
+    }
+
+    /// Pages of a port may be asked for from now on.
+    pub(super) fn arm<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>, id: usize) {
+        self.ports[id].postcopy.scanning = false;
+        if let Err(error) = reactor.set_workers(self.engine.workers() as u32) {
+            self.ports[id]
+                .warn(&format_args!("io-wq threads cannot be raised in number, stalls last longer: {error}"));
+        }
+        self.arrivals(id);
+        self.scan_later(reactor, id);
+        self.populate(reactor);
+    }
+
+    /// Hands out what may be asked for.
+    pub(super) fn populate<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>) {
+        while let Some(populate) = self.engine.next() {
+            self.ports[usize::from(populate.port)].postcopy.pages_asked += 1;
+            let token = ControlToken::Populate { region: populate.region.0, page: populate.page };
+            reactor.populate(populate.addr, populate.len, token.into());
+        }
+    }
+
+    /// A populate has ended.
+    pub(super) fn populated<T: Copy + From<ControlToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        region: u32,
+        page: u64,
+        result: &io::Result<()>,
+    ) {
+        let id = RegionId(region);
+        match self.engine.completed(id, page, result.is_ok()) {
+            Completed::Arrived { port } => self.arrivals(usize::from(port)),
+            Completed::GivenUp => self.retire_quiet(),
+            Completed::Failed { port } => {
+                let id = usize::from(port);
+                self.ports[id].postcopy.pages_failed += 1;
+                if let Err(error) = result {
+                    self.ports[id]
+                        .warn(&format_args!("a page cannot be had and is asked for again: {error}"));
+                }
+                let token = self.token(id, PortOp::LookAgain);
+                reactor.timer(FAILED_PAUSE, token.into());
+            }
+        }
+        self.populate(reactor);
+        self.drained(reactor);
+    }
+
+    /// Lets rings look again whose page has come.
+    pub(super) fn arrivals(&mut self, id: usize) {
+        let port = &mut self.ports[id];
+        let memory = &port.memory;
+        let mut awake = Vec::new();
+        port.postcopy.parked.retain(|(pair, _), (range, _)| {
+            let mut missing = false;
+            // The first page: a ring that still lacks others parks again, and tells which.
+            memory.for_each_missing(range.gpa, 1, |_| missing = true);
+            if !missing {
+                awake.push(*pair);
+            }
+            missing
+        });
+        awake.dedup();
+        let port = port.id;
+        self.commands.extend(awake.into_iter().map(|pair| (PairKey { port, pair }, Command::Arrived)));
+    }
+
+    /// Lets all parked rings look again, whatever has come.
+    pub(super) fn look_again(&mut self, id: usize) {
+        let port = &mut self.ports[id];
+        let mut pairs: Vec<u16> = port.postcopy.parked.drain().map(|((pair, _), _)| pair).collect();
+        pairs.dedup();
+        let port = port.id;
+        self.commands.extend(pairs.into_iter().map(|pair| (PairKey { port, pair }, Command::Arrived)));
+    }
+
+    /// END goes on for ports of which nothing is under way any more.
+    fn drained<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>) {
+        for id in 0..self.ports.len() {
+            let port = &mut self.ports[id];
+            let quiet = self.engine.in_flight(port.id) + self.engine.queued(port.id) == 0;
+            if port.postcopy.draining && quiet {
+                port.postcopy.draining = false;
+                port.plan.waiting = 0;
+                self.drive(reactor, id);
+            }
+        }
+    }
+
+    /// END has waited long enough.
+    pub(super) fn drain_timed_out<T: Copy + From<ControlToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        id: usize,
+    ) {
+        if self.ports[id].postcopy.draining {
+            self.ports[id].drain_failed(&mut self.engine);
+            self.drive(reactor, id);
+        }
+    }
+
+    /// Lets go of regions in which nothing is under way any more.
+    pub(super) fn retire_quiet(&mut self) {
+        let engine = &mut self.engine;
+        let helper = &self.helper;
+        let mut still = Vec::new();
+        for retiring in self.retiring.drain(..) {
+            if retiring.regions.iter().all(|id| engine.is_quiet(*id)) {
+                retiring.regions.iter().for_each(|id| engine.remove(*id));
+                helper.submit(retiring.port, Job::Release(retiring.keep));
+            } else {
+                still.push(retiring);
+            }
+        }
+        self.retiring = still;
+    }
+
+    /// Looks for pages that came by themselves in a moment, if some ring waits and no look is due.
+    pub(super) fn scan_later<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>, id: usize) {
+        let token = self.token(id, PortOp::Scan);
+        let postcopy = &mut self.ports[id].postcopy;
+        if postcopy.armed && !postcopy.scanning && !postcopy.parked.is_empty() {
+            postcopy.scanning = true;
+            reactor.timer(SCAN_PAUSE, token.into());
+        }
+    }
+
+    /// Time to look.
+    pub(super) fn scan(&mut self, id: usize) {
+        let port = &mut self.ports[id];
+        if port.postcopy.armed && !port.postcopy.parked.is_empty() {
+            self.helper.submit(port.id, Job::Rescan(port.postcopy.regions.clone()));
+        } else {
+            port.postcopy.scanning = false;
+        }
+    }
+
+    /// A look has ended.
+    pub(super) fn scanned<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>, id: usize) {
+        self.ports[id].postcopy.scanning = false;
+        self.arrivals(id);
+        self.scan_later(reactor, id);
+    }
+}

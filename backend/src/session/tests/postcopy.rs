@@ -1,0 +1,199 @@
+//! Postcopy: phases, answers, and everything out of order. Real QEMU's order is in `replay`.
+
+use super::*;
+use crate::session::Phase;
+
+/// Messages of a front-end that has sent ADVISE and LISTEN.
+fn listening(resend: bool) -> Lab {
+    let mut lab = Lab::with(SessionConfig { postcopy_resend: resend, ..config() });
+    lab.send(Id::SetProtocolFeatures, &protocol_feature::IMPLEMENTED.to_ne_bytes(), 0);
+    lab.send(Id::SetFeatures, &(FEATURES & !virtio_feature::LOG_ALL).to_ne_bytes(), 0);
+    let steps = lab.send(Id::PostcopyAdvise, &[], 0);
+    assert!(
+        matches!(&steps[..], [Step::Effect(Effect::PostcopyAdvise), Step::SendUserfaultfd(_)]),
+        "{steps:?}"
+    );
+    let steps = lab.send(Id::PostcopyListen, &[], 0);
+    assert_eq!(reply_u64(Id::PostcopyListen, &steps), 0);
+    assert_eq!(lab.session.postcopy(), Phase::Listening);
+    lab
+}
+
+fn acknowledge(lab: &mut Lab, id: Id) -> Vec<Effect<Fd>> {
+    effects(lab.send(id, &0u64.to_ne_bytes(), 0))
+}
+
+fn addresses(payload: &[u8]) -> Vec<u64> {
+    payload.chunks_exact(32).map(|bytes| WireRegion::read_from_bytes(bytes).unwrap().user_addr).collect()
+}
+
+#[test]
+fn a_table_is_answered_by_our_addresses_in_its_order() {
+    let mut lab = listening(false);
+    let steps = lab.send(Id::SetMemTable, &table(&[region(4), region(0)]), 2);
+    let payload = reply(Id::SetMemTable, &steps);
+    assert_eq!(payload.len(), 8 + 2 * 32);
+    assert_eq!(addresses(&payload[8..]), [owner::host(&spec(4)), owner::host(&spec(0))]);
+    assert_eq!(lab.session.postcopy(), Phase::AwaitingAck);
+    assert_eq!(acknowledge(&mut lab, Id::SetMemTable), [Effect::PostcopyArm]);
+    assert_eq!(lab.session.postcopy(), Phase::Armed);
+    // The guest restarts its device: the same table again is answered again.
+    let steps = lab.send(Id::SetMemTable, &table(&[region(4), region(0)]), 2);
+    assert_eq!(reply(Id::SetMemTable, &steps), payload);
+    assert_eq!(acknowledge(&mut lab, Id::SetMemTable), [Effect::PostcopyArm]);
+}
+
+/// One acknowledgement for all slots: by 37, by 38, or by 0 if none has changed.
+#[test]
+fn slots_are_answered_one_by_one_and_acknowledged_together() {
+    for id in [Id::AddMemReg, Id::RemMemReg, Id::None] {
+        let mut lab = listening(false);
+        if id == Id::AddMemReg {
+            for n in [1, 3] {
+                let steps = lab.send(Id::AddMemReg, &slot(n), 1);
+                assert_eq!(addresses(&reply(Id::AddMemReg, &steps)[8..]), [owner::host(&spec(n))]);
+            }
+            assert_eq!(lab.session.postcopy(), Phase::AwaitingAck);
+        }
+        assert_eq!(acknowledge(&mut lab, id), [Effect::PostcopyArm], "{id:?}");
+        assert_eq!(lab.session.postcopy(), Phase::Armed);
+    }
+}
+
+#[test]
+fn every_pair_says_it_and_only_the_first_counts() {
+    let mut lab = listening(false);
+    let steps = lab.send(Id::PostcopyListen, &[], 0);
+    assert_eq!(reply_u64(Id::PostcopyListen, &steps), 0);
+    assert!(effects(steps).is_empty());
+    lab.send(Id::SetMemTable, &table(&[region(0)]), 1);
+    acknowledge(&mut lab, Id::SetMemTable);
+    let steps = lab.send(Id::PostcopyEnd, &[], 0);
+    assert_eq!(reply_u64(Id::PostcopyEnd, &steps), 0);
+    assert_eq!(effects(steps), [Effect::PostcopyEnd]);
+    let steps = lab.ask(Id::PostcopyEnd, &[], 0);
+    assert_eq!(reply_u64(Id::PostcopyEnd, &steps), 0, "one reply, whether asked for or not");
+    assert_eq!(steps.len(), 1, "{steps:?}");
+    assert_eq!(lab.session.postcopy(), Phase::Idle);
+    // Memory is ordinary again.
+    let steps = lab.send(Id::SetMemTable, &table(&[region(0)]), 1);
+    assert!(matches!(steps[..], [Step::Effect(Effect::SetMemTable { postcopy: false, .. })]), "{steps:?}");
+}
+
+#[test]
+fn the_end_may_come_at_any_time() {
+    for before in 0..4 {
+        let mut lab = Lab::agreed();
+        if before > 0 {
+            lab.send(Id::PostcopyAdvise, &[], 0);
+        }
+        if before > 1 {
+            lab.send(Id::PostcopyListen, &[], 0);
+        }
+        if before > 2 {
+            lab.send(Id::SetMemTable, &table(&[region(0)]), 1);
+        }
+        let steps = lab.send(Id::PostcopyEnd, &[], 0);
+        assert_eq!(reply_u64(Id::PostcopyEnd, &steps), 0);
+        assert_eq!(effects(steps).len(), usize::from(before > 0));
+        assert_eq!(lab.session.postcopy(), Phase::Idle);
+    }
+}
+
+/// An owner that cannot end it well has still ended it: the front-end learns it, and another migration may come.
+#[test]
+fn a_bad_end_is_told() {
+    let mut lab = listening(false);
+    lab.refuse_after = Some(0);
+    let steps = lab.send(Id::PostcopyEnd, &[], 0);
+    assert_eq!(reply_u64(Id::PostcopyEnd, &steps), 1);
+    assert_eq!(lab.session.postcopy(), Phase::Idle);
+}
+
+#[test]
+fn a_userfaultfd_that_cannot_be_had_is_a_reply_without_one() {
+    let mut lab = Lab::agreed();
+    lab.refuse_after = Some(0);
+    let steps = lab.send(Id::PostcopyAdvise, &[], 0);
+    assert!(reply(Id::PostcopyAdvise, &steps).is_empty());
+    assert_eq!(lab.session.postcopy(), Phase::Idle);
+}
+
+#[test]
+fn orders_that_make_no_sense_are_refused() {
+    let mut lab = Lab::agreed();
+    let steps = lab.send(Id::PostcopyListen, &[], 0);
+    assert_eq!(refusal(&steps), &Refusal::PostcopyPhase { phase: Phase::Idle });
+    assert_eq!(reply_u64(Id::PostcopyListen, &steps), 1);
+    let mut lab = listening(false);
+    lab.send(Id::SetMemTable, &table(&[region(0)]), 1);
+    acknowledge(&mut lab, Id::SetMemTable);
+    let again = lab.send(Id::SetMemTable, &0u64.to_ne_bytes(), 0);
+    assert_eq!(refusal(&again), &Refusal::PostcopyPhase { phase: Phase::Armed }, "acknowledged twice");
+    // Advice in the middle: its sender would get a userfaultfd that its faults do not come to.
+    let advice = lab.send(Id::PostcopyAdvise, &[], 0);
+    assert!(matches!(advice[..], [Step::Close(SessionError::Unanswerable { .. })]), "{advice:?}");
+    let mut lab = listening(false);
+    lab.send(Id::SetMemTable, &table(&[region(0)]), 1);
+    let bad = lab.send(Id::SetMemTable, &1u64.to_ne_bytes(), 0);
+    assert!(matches!(bad[..], [Step::Close(SessionError::Disagreement { .. })]), "{bad:?}");
+}
+
+#[test]
+fn without_pagefault_none_of_it_is_obeyed() {
+    let mut lab = Lab::with(config());
+    for id in [Id::PostcopyAdvise, Id::PostcopyListen, Id::PostcopyEnd] {
+        let steps = lab.send(id, &[], 0);
+        assert_eq!(refusal(&steps), &Refusal::NotNegotiated(8), "{id:?}");
+    }
+}
+
+/// For each further pair, where QEMU reads an answer that it has not asked for; never for the first one of a device
+/// that starts again.
+#[test]
+fn answers_are_sent_again_for_further_pairs() {
+    for (status, slots) in [(true, false), (true, true), (false, false), (false, true)] {
+        let mut lab = listening(true);
+        if !status {
+            let bits = protocol_feature::IMPLEMENTED & !protocol_feature::STATUS;
+            lab.send(Id::SetProtocolFeatures, &bits.to_ne_bytes(), 0);
+        }
+        let features = (FEATURES & !virtio_feature::LOG_ALL).to_ne_bytes();
+        let first = lab.send(Id::SetFeatures, &features, 0);
+        assert!(!first.iter().any(|step| matches!(step, Step::Send(_))), "the first pair");
+        let id = if slots { Id::AddMemReg } else { Id::SetMemTable };
+        let answered: Vec<Vec<u8>> = match slots {
+            true => [0, 2].map(|n| reply(id, &lab.send(id, &slot(n), 1))).to_vec(),
+            false => vec![reply(id, &lab.send(id, &table(&[region(0), region(2)]), 2))],
+        };
+        acknowledge(&mut lab, id);
+        for index in 0..2 {
+            lab.ring_up(index);
+        }
+        for _further_pair in 0..3 {
+            let mut steps = lab.send(Id::SetFeatures, &features, 0);
+            if status {
+                assert!(!steps.iter().any(|step| matches!(step, Step::Send(_))), "{steps:?}");
+                steps = lab.send(Id::GetStatus, &[], 0);
+                let Step::Send(answer) = steps.remove(0) else { panic!("{steps:?}") };
+                assert_eq!(answer[0], Id::GetStatus as u8);
+            }
+            let again: Vec<Vec<u8>> = steps
+                .iter()
+                .filter_map(|step| match step {
+                    Step::Send(bytes) => Some(reply(id, &[Step::Send(bytes.clone())])),
+                    _ => None,
+                })
+                .collect();
+            assert_eq!(again, answered);
+            let steps = lab.send(Id::GetStatus, &[], 0);
+            assert_eq!(steps.len(), 1, "once a pair: {steps:?}");
+        }
+        // The guest restarts its device in mid-migration.
+        for index in 0..2 {
+            lab.send(Id::GetVringBase, &state(index, 0), 0);
+        }
+        let steps = lab.send(Id::SetFeatures, &features, 0);
+        assert!(!steps.iter().any(|step| matches!(step, Step::Send(_))), "{steps:?}");
+    }
+}

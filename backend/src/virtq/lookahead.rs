@@ -1,0 +1,68 @@
+//! Which pages the chains that wait in a ring will need, before their turn comes (postcopy).
+//!
+//! A look only: nothing is taken, and what the guest wrote here is read again when the chain is taken. Who asks for the
+//! pages is not here.
+#![forbid(unsafe_code)]
+
+use super::chain::{Chain, WalkError};
+use super::split::SplitQueue;
+use crate::memory::{GuestMemory, MissingRange};
+
+/// What missing memory is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Purpose {
+    /// Descriptor table, available or used ring.
+    Ring,
+    /// An indirect descriptor table.
+    IndirectTable,
+    /// The buffer of a frame.
+    Buffer,
+}
+
+/// Segments that one look takes in: a guest with very long chains must not make it long.
+const SEGMENTS_MAX: usize = 4096;
+/// Bytes of a segment that are looked at: more than any frame has.
+const SEGMENT_BYTES_MAX: u32 = 128 << 10;
+
+impl SplitQueue {
+    /// Calls `visit` with what is missing of the ring, or else of the first `chains_max` chains that wait in it. `chain` is
+    /// scratch space. A ring that cannot be trusted has nothing to say: whoever takes its chains will find out.
+    pub fn look_ahead(
+        &mut self,
+        mem: &GuestMemory,
+        chains_max: u16,
+        chain: &mut Chain,
+        mut visit: impl FnMut(MissingRange, Purpose),
+    ) {
+        if self.ring.access().is_err() {
+            self.ring.for_each_missing(|range| visit(range, Purpose::Ring));
+            return;
+        }
+        if self.refill().is_err() {
+            return;
+        }
+        let waiting = self.avail_cached.wrapping_sub(self.next_avail).min(chains_max);
+        let Ok(ring) = self.ring.access() else { return };
+        let mut segments = 0;
+        for ahead in 0..waiting {
+            if segments > SEGMENTS_MAX {
+                return;
+            }
+            let head = ring.avail_head(self.next_avail.wrapping_add(ahead));
+            let Some(first) = ring.descriptor(head) else { return };
+            match chain.walk(ring, mem, self.config.indirect, head, first) {
+                Ok(()) => {
+                    for segment in chain.readable().iter().chain(chain.writable()) {
+                        segments += 1;
+                        let len = segment.len.min(SEGMENT_BYTES_MAX);
+                        mem.for_each_missing(segment.gpa, len.into(), |range| {
+                            visit(range, Purpose::Buffer);
+                        });
+                    }
+                }
+                Err(WalkError::Missing(range)) => visit(range, Purpose::IndirectTable),
+                Err(WalkError::Bad(_)) => {}
+            }
+        }
+    }
+}
