@@ -221,3 +221,42 @@ pub fn first_entry(map: BorrowedFd<'_>, value_size: u32) -> io::Result<Vec<u8>> 
     unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &mut attributes)? };
     Ok(value)
 }
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+
+    #[repr(C)]
+    struct LoadAttributes {
+        kind: u32,
+        count: u32,
+        instructions: u64,
+        license: u64,
+        log: [u32; 4],
+        kernel: [u32; 2],
+        name: [u8; 16],
+        index: u32,
+        attach_type: u32,
+    }
+
+    /// Loads an XDP program from instructions.
+    pub(crate) fn load_xdp(name: &str, instructions: &[u64]) -> io::Result<OwnedFd> {
+        const BPF_PROG_LOAD: libc::c_long = 5;
+        const BPF_PROG_TYPE_XDP: u32 = 6;
+        let mut attributes = LoadAttributes {
+            kind: BPF_PROG_TYPE_XDP,
+            count: instructions.len() as u32,
+            instructions: instructions.as_ptr() as u64,
+            license: c"GPL".as_ptr() as u64,
+            log: [0; 4],
+            kernel: [0; 2],
+            name: [0; 16],
+            index: 0,
+            // As aya has it: a link takes only programs of one such type.
+            attach_type: BPF_XDP,
+        };
+        attributes.name[..name.len()].copy_from_slice(name.as_bytes());
+        // SAFETY: instructions and licence outlive the call.
+        unsafe { bpf_fd(BPF_PROG_LOAD, &mut attributes) }
+    }
+}

@@ -8,6 +8,8 @@
 //! never sleep.
 
 mod burst_ring;
+#[cfg(test)]
+pub(crate) mod netlab;
 pub mod null;
 pub mod tap;
 mod tap_queue;
