@@ -100,11 +100,12 @@ impl Link {
         unsafe { bpf_fd(BPF_OBJ_GET, &mut attributes).map(Self) }
     }
 
-    /// Opens the XDP link of an interface, if a link of any process has a program there.
+    /// Opens the XDP link that has this program on an interface, if a link of any process has. (The interface's number alone
+    /// may be that of another one in another network namespace.)
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn of_interface(index: u32) -> io::Result<Option<Self>> {
+    pub fn of_program(program: u32, index: u32) -> io::Result<Option<Self>> {
         let mut id = 0u32;
         loop {
             let mut next = [id, 0, 0];
@@ -117,7 +118,7 @@ impl Link {
             // SAFETY: link_id, next_id, open_flags; no pointers.
             let Ok(fd) = (unsafe { bpf_fd(BPF_LINK_GET_FD_BY_ID, &mut [id, 0, 0]) }) else { continue };
             let link = Self(fd);
-            if link.info().is_ok_and(|info| info.index == index) {
+            if link.info().is_ok_and(|info| info.index == index && info.program == program) {
                 return Ok(Some(link));
             }
         }

@@ -92,7 +92,7 @@ fn make_room(options: &Options, (id, mode, flag): (u32, &'static str, u32)) -> R
         return Err(ProgramError::Foreign { interface, id, name, mode });
     }
     tracing::warn!("xdp:{interface}: program {id}, {name}, {mode} mode, is replaced");
-    match Link::of_interface(options.index) {
+    match Link::of_program(id, options.index) {
         Ok(Some(link)) => link.detach(),
         Ok(None) => netlink::detach(options.index, flag),
         Err(error) => Err(error),
