@@ -13,6 +13,7 @@ pub(crate) mod netlab;
 pub mod null;
 pub mod tap;
 mod tap_queue;
+pub mod tap_steering;
 #[cfg(test)]
 mod tap_tests;
 #[cfg(test)]

@@ -10,10 +10,10 @@
 #![forbid(unsafe_code)]
 
 use super::pins::{MAPS, Pins, Previous, list, lock};
-use super::{Maps, Mode, Options, ProgramError, Sizes, XdpProgram, io_error, os_error};
+use super::{Maps, Mode, Options, ProgramError, Sizes, XdpProgram};
 use crate::bpf::netlink::{self, Attached, XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE};
 use crate::bpf::sys::Link;
-use crate::bpf::{Owner, ensure_bpf_fs};
+use crate::bpf::{Owner, ensure_bpf_fs, io_error, os_error};
 use aya::maps::{HashMap, Map, MapData, MapError};
 use aya::programs::{Program, ProgramInfo, Xdp, loaded_programs};
 use aya::{Ebpf, EbpfLoader};
