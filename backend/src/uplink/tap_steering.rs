@@ -18,7 +18,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
-static OBJECT: &[u8] = aya::include_bytes_aligned!("../../bpf/tap.o");
+pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!("../../bpf/tap.o");
 const PROGRAM: &str = "vun_tap";
 /// Takes the program away.
 const NONE: libc::c_int = -1;

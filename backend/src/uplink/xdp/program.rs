@@ -19,6 +19,8 @@ mod pins;
 #[cfg(test)]
 mod tests;
 
+#[cfg(test)]
+pub(crate) use attach::OBJECT;
 pub use error::ProgramError;
 pub use pins::{Pinned, list, unload};
 

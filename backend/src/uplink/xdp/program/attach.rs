@@ -23,7 +23,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Mutex;
 
-static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../../bpf/xdp.o");
+pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../../bpf/xdp.o");
 pub(super) const PROGRAM: &str = "vun_xdp";
 
 pub(super) fn attach(options: &Options) -> Result<XdpProgram, ProgramError> {
