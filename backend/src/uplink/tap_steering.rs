@@ -16,10 +16,18 @@ use ebpf_common::tap::{Queues, Stats, TABLE_LEN};
 use std::error::Error;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 pub(super) static OBJECT: &[u8] = aya::include_bytes_aligned!("../../bpf/tap.o");
 const PROGRAM: &str = "vun_tap";
+
+/// A loader reads the kernel's own types when it is made, for about 0.1 s, whether they are needed or not: once is enough.
+static LOADER: LazyLock<Mutex<EbpfLoader<'static>>> = LazyLock::new(|| {
+    let mut loader = EbpfLoader::new();
+    loader.btf(None);
+    Mutex::new(loader)
+});
+
 /// Takes the program away.
 const NONE: libc::c_int = -1;
 
@@ -87,8 +95,7 @@ impl Steering {
     }
 
     fn load(tap: &Arc<OwnedFd>, queues: u16) -> Result<Self, Box<dyn Error>> {
-        // The kernel's own types are not needed.
-        let mut ebpf = EbpfLoader::new().btf(None).load(OBJECT)?;
+        let mut ebpf = LOADER.lock().unwrap_or_else(PoisonError::into_inner).load(OBJECT)?;
         let mut steering = Self {
             tap: tap.clone(),
             queues,

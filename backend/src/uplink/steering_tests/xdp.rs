@@ -200,8 +200,9 @@ fn add_port(sum: &mut PortStats, other: &PortStats) {
 fn frames() -> Vec<Vec<u8>> {
     let to = [MAC, ANY, ORPHAN, STRANGER, MULTICAST, BROADCAST];
     let all = to.map(|to| frames::all(to, FLOW));
-    // All packets for the address that has several slots; of the others some.
-    let mut found = all[0].clone();
+    // All packets of several flows for the address that has several slots; of the others some.
+    let flows = [1234, 1235, 1236, 1237].map(|port| Flow([1, 2], [port, 53]));
+    let mut found: Vec<_> = flows.iter().flat_map(|flow| frames::all(MAC, *flow)).collect();
     found.extend(all[1..].iter().flat_map(|frames| frames.iter().step_by(17).cloned()));
     found
 }
