@@ -31,7 +31,7 @@ fn talk_again(cable: &mut Cable, guest: &mut Guest) -> Result<()> {
     let came = eventually(PATIENCE, || {
         sent += 1;
         let _ = guest.send(sent..sent + 1, 100, OUTSIDE);
-        cable.next().is_ok_and(|frame| frame.is_some())
+        cable.next_frame().is_ok_and(|frame| frame.is_some())
     });
     ensure!(came, "nothing goes out");
     cable.rest()?;
@@ -126,7 +126,7 @@ fn partial_checksums_are_completed() -> Result<()> {
             bytes.extend_from_slice(&frame);
             a.front.tx().queue_bytes(&bytes)?;
             a.front.tx().kick()?;
-            let got = cable.next()?;
+            let got = cable.next_frame()?;
             ensure!(got.as_ref() == Some(&whole), "length {len}: {got:?}");
             check_udp(&whole)?;
         }
@@ -148,7 +148,7 @@ fn frames_of_every_length_from_a_guest() -> Result<()> {
             frame.truncate(len);
             if (14..=14 + MTU).contains(&len) {
                 a.send_frame(&frame)?;
-                let got = cable.next()?.unwrap_or_default();
+                let got = cable.next_frame()?.unwrap_or_default();
                 ensure!(got == frame, "length {len}: {} bytes came", got.len());
             } else {
                 a.front.tx().queue_frame(Front::HEADER_LEN, &frame)?;
@@ -164,7 +164,7 @@ fn frames_of_every_length_from_a_guest() -> Result<()> {
             a.send_frame(&frame)?;
             // (A second tag is more than this driver passes on.)
             if tags == 1 {
-                ensure!(cable.next()?.is_some_and(|got| got.len() >= frame.len() - 4), "{tags} tags");
+                ensure!(cable.next_frame()?.is_some_and(|got| got.len() >= frame.len() - 4), "{tags} tags");
             }
             frame.push(0);
             a.send_frame(&frame)?;
