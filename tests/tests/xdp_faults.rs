@@ -178,6 +178,32 @@ fn frames_of_every_length_from_a_guest() -> Result<()> {
     })
 }
 
+/// Here we ourselves read and write the guest's buffers: memory that goes away meanwhile costs that port its front-end.
+#[test]
+fn memory_that_is_truncated_while_frames_pass() -> Result<()> {
+    with_cable("memory_that_is_truncated_while_frames_pass", 1, |cable| {
+        let mut backend = cable.start(1, &[&with_mac(A, ""), &with_mac(B, "")])?;
+        let mut b = Guest::up(&backend.socket("p1"), B, 1)?;
+        for ring in 0..2 {
+            let mut a = Guest::up(&backend.socket("p0"), A, 1)?;
+            talk_again(cable, &mut a)?;
+            // The rings stay, the buffers go.
+            a.front.memory.file().set_len(a.front.rings[ring].buffers)?;
+            for number in 0..50 {
+                cable.send(number..number + 1, 1000, a.mac)?;
+                a.front.tx().push(0)?;
+                a.front.tx().kick()?;
+            }
+            let ended =
+                eventually(PATIENCE, || backend.log_text().matches("guest memory vanished").count() > ring);
+            ensure!(ended, "{}", backend.log_text());
+            while cable.rest()? > 0 {}
+            talk_again(cable, &mut b)?;
+        }
+        backend.check_alive()
+    })
+}
+
 /// The program stays attached while nobody serves it, and frames for our addresses are dropped, and counted.
 #[test]
 fn a_killed_process_leaves_its_program_and_the_next_one_goes_on() -> Result<()> {
