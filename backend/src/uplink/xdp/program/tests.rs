@@ -4,6 +4,7 @@ use super::pins::Pins;
 use super::{Mode, Options, ProgramError, XdpProgram, list, unload};
 use crate::bpf::{Owner, PIN_ROOT, netlink, sys::Link};
 use crate::uplink::netlab::{Host, in_bpf_namespace, index_of, ip, veth, within, xdp_socket};
+use crate::uplink::testing::skip;
 use aya::maps::{Array, Map, MapData};
 use ebpf_common::xdp::{Config, MacKey, NO_PORT, Stats, Steer, VLAN_ANY, VLAN_NONE};
 use std::os::fd::{AsFd, OwnedFd};
@@ -121,6 +122,39 @@ fn a_restart_keeps_the_link_and_drops_are_counted_meanwhile() {
             assert!(inside.receives(&frame(MAC, 7)), "forgotten: to the stack");
         },
     );
+}
+
+#[test]
+fn bpftool_shows_names_and_fields() {
+    let name = "uplink::xdp::program::tests::bpftool_shows_names_and_fields";
+    in_bpf_namespace(name, || {
+        veth("v0", "v1", 1);
+        let program = XdpProgram::attach(&options("v0")).unwrap();
+        program.set_mac(key(5), Some(1)).unwrap();
+        program.set_steer(0, 1, Steer { first: 1, count: 3 }).unwrap();
+        let dump = |map: &str| -> serde_json::Value {
+            let pin = Pins::of("v0").map(map);
+            let run =
+                Command::new("bpftool").args(["-j", "map", "dump", "pinned"]).arg(pin).output().unwrap();
+            serde_json::from_slice(&run.stdout).unwrap()
+        };
+        if Command::new("bpftool").arg("version").output().is_err() {
+            return skip("what bpftool shows", "no bpftool");
+        }
+        let entry = &dump("mac_table")[0]["formatted"];
+        assert_eq!(entry["key"], serde_json::json!({"mac": MAC, "vlan": 5}));
+        assert_eq!(entry["value"], 1);
+        let entry = &dump("xdp_steer")[1]["formatted"];
+        assert_eq!(entry["value"], serde_json::json!({"first": 1, "count": 3}));
+        let config = &dump("xdp_config")[0]["formatted"]["value"];
+        assert_eq!((&config["pid"], &config["slots"]), (&std::process::id().into(), &4.into()));
+        let fields = |map: &str| -> Vec<String> {
+            let value = &dump(map)[0]["formatted"]["values"][0]["value"];
+            value.as_object().unwrap().keys().cloned().collect()
+        };
+        assert_eq!(fields("xdp_stats").len(), 6);
+        assert_eq!(fields("xdp_port_stats"), ["drop_no_socket", "drop_queue", "hits"]);
+    });
 }
 
 #[test]
