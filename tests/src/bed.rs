@@ -63,10 +63,21 @@ pub struct Place {
 impl Place {
     /// Starts both. Unless the guest is to come by migration, waits until it has booted.
     pub fn start(lab: &Lab, netns: &NetNs, tap: &str, change: impl FnOnce(&mut QemuConfig)) -> Result<Self> {
+        Self::start_with(lab, netns, tap, |_, config| change(config))
+    }
+
+    /// As [`Place::start`], with a back-end that can be changed, too.
+    pub fn start_with(
+        lab: &Lab,
+        netns: &NetNs,
+        tap: &str,
+        change: impl FnOnce(&mut BackendConfig, &mut QemuConfig),
+    ) -> Result<Self> {
         let socket = lab.path(&format!("{tap}.vhost"));
-        let backend = Backend::start(lab, netns, &BackendConfig::tap(&socket, tap))?;
+        let mut backend_config = BackendConfig::tap(&socket, tap);
         let mut config = QemuConfig::new(&format!("on-{tap}"), &socket);
-        change(&mut config);
+        change(&mut backend_config, &mut config);
+        let backend = Backend::start(lab, netns, &backend_config)?;
         let qemu = if config.is_incoming { Qemu::start(lab, &config)? } else { Qemu::boot(lab, &config)? };
         Ok(Self { qemu, backend })
     }
@@ -84,9 +95,14 @@ impl Place {
 /// The bridge learns where the guest is from its frames, as a switch does: after a migration, traffic finds the
 /// guest only if the new place was announced.
 pub fn bridged(taps: &[&str]) -> Result<NetNs> {
+    bridged_with(taps, BackendConfig::tap(Path::new(""), "").wants_multi_queue())
+}
+
+/// As [`bridged`], with taps of the multi-queue kind or not.
+pub fn bridged_with(taps: &[&str], multi_queue: bool) -> Result<NetNs> {
     let netns = NetNs::new()?;
     for tap in taps {
-        netns.add_tap(tap, BackendConfig::tap(Path::new(""), tap).wants_multi_queue(), None)?;
+        netns.add_tap(tap, multi_queue, None)?;
     }
     netns.add_bridge("br0", &format!("{HOST_IP}/{PREFIX}"), taps)?;
     Ok(netns)
