@@ -90,6 +90,25 @@ impl Place {
     }
 }
 
+/// Random data in a guest's memory, whose checksum must survive what happens to the guest.
+#[derive(Debug)]
+pub struct Filled(String);
+
+impl Filled {
+    /// Fills `mib` MiB.
+    pub fn write(guest: &mut Qemu, mib: u32) -> Result<Self> {
+        guest.run(&format!("dd if=/dev/urandom of=/tmp/filled bs=1M count={mib} 2>/dev/null"))?;
+        Ok(Self(guest.run("md5sum </tmp/filled")?))
+    }
+
+    /// Fails unless it is all there.
+    pub fn check(&self, guest: &mut Qemu) -> Result<()> {
+        let seen = guest.run("md5sum </tmp/filled")?;
+        ensure!(seen == self.0, "the guest's memory changed: {} became {seen}", self.0);
+        Ok(())
+    }
+}
+
 /// A bridge with the host's address, and one tap in it for each back-end of a migration.
 ///
 /// The bridge learns where the guest is from its frames, as a switch does: after a migration, traffic finds the

@@ -23,6 +23,7 @@
 mod artefacts;
 mod backend;
 mod bed;
+mod flood;
 
 mod hugepages;
 mod migration;
@@ -45,8 +46,9 @@ pub mod wire;
 
 pub use artefacts::{Artefacts, BACKEND, LAB_DIR, backend_binary, find_in_path, lab_dir};
 pub use backend::{Backend, BackendConfig, is_ours};
-pub use bed::{Bed, Place, bridged, bridged_with, pull, push, there_and_back};
+pub use bed::{Bed, Filled, Place, bridged, bridged_with, pull, push, there_and_back};
 
+pub use flood::{Flood, FloodReport, Rate};
 pub use hugepages::HugePages;
 pub use migration::{Migration, MigrationReport};
 pub use netns::NetNs;
