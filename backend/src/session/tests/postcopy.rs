@@ -60,6 +60,19 @@ fn slots_are_answered_one_by_one_and_acknowledged_together() {
     }
 }
 
+/// QEMU acknowledges whenever it starts the device, also when all slots are as they were (0), or fewer (38).
+#[test]
+fn an_acknowledgement_of_nothing_new_arms_nothing_and_is_no_mistake() {
+    let mut lab = listening(false);
+    lab.send(Id::AddMemReg, &slot(1), 1);
+    assert_eq!(acknowledge(&mut lab, Id::AddMemReg), [Effect::PostcopyArm]);
+    for id in [Id::None, Id::RemMemReg] {
+        let steps = lab.send(id, &0u64.to_ne_bytes(), 0);
+        assert!(steps.is_empty(), "{id:?}: {steps:?}");
+        assert_eq!(lab.session.postcopy(), Phase::Armed);
+    }
+}
+
 #[test]
 fn every_pair_says_it_and_only_the_first_counts() {
     let mut lab = listening(false);
