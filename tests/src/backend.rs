@@ -38,6 +38,8 @@ pub struct BackendConfig {
     pub extra: Vec<String>,
     /// DPDK in its place, with these options of the device, such as `,postcopy-support=1`.
     pub dpdk: Option<String>,
+    /// The socket of a second port in the same process, with the null uplink (ours only).
+    pub neighbour: Option<PathBuf>,
 }
 
 impl BackendConfig {
@@ -51,6 +53,7 @@ impl BackendConfig {
             client: false,
             extra: Vec::new(),
             dpdk: (!is_ours()).then(String::new),
+            neighbour: None,
         }
     }
 
@@ -58,6 +61,23 @@ impl BackendConfig {
     pub fn wants_multi_queue(&self) -> bool {
         // DPDK opens every tap as one.
         self.queue_pairs > 1 || self.dpdk.is_some()
+    }
+
+    /// A configuration file with both ports.
+    fn with_neighbour(&self, lab: &Lab, neighbour: &Path) -> Result<PathBuf> {
+        ensure!(self.extra.is_empty() && !self.client, "a process with a neighbour takes no other options");
+        let port = |name: &str, socket: &Path, uplink: &str, pairs| {
+            let socket = socket.display();
+            format!(
+                "[[port]]\nname = '{name}'\nsocket = '{socket}'\nuplink = '{uplink}'\nqueue-pairs = {pairs}\n"
+            )
+        };
+        let name = self.socket.file_stem().unwrap_or_default().to_string_lossy();
+        let text = port(&name, &self.socket, &self.uplink, self.queue_pairs)
+            + &port("neighbour", neighbour, "null", 1);
+        let file = lab.path(&format!("{name}.toml"));
+        std::fs::write(&file, text)?;
+        Ok(file)
     }
 
     fn arguments(&self) -> Vec<String> {
@@ -100,7 +120,10 @@ impl Backend {
             )?
         } else {
             let mut command = Command::new(backend_binary()?);
-            command.args(config.arguments());
+            match &config.neighbour {
+                None => command.args(config.arguments()),
+                Some(neighbour) => command.arg("--config").arg(config.with_neighbour(lab, neighbour)?),
+            };
             command
         };
         command.stdin(Stdio::null());

@@ -114,16 +114,18 @@ impl Filled {
 /// The bridge learns where the guest is from its frames, as a switch does: after a migration, traffic finds the
 /// guest only if the new place was announced.
 pub fn bridged(taps: &[&str]) -> Result<NetNs> {
-    bridged_with(taps, BackendConfig::tap(Path::new(""), "").wants_multi_queue())
+    let multi_queue = BackendConfig::tap(Path::new(""), "").wants_multi_queue();
+    bridged_with(&taps.iter().map(|tap| (*tap, multi_queue)).collect::<Vec<_>>())
 }
 
-/// As [`bridged`], with taps of the multi-queue kind or not.
-pub fn bridged_with(taps: &[&str], multi_queue: bool) -> Result<NetNs> {
+/// As [`bridged`], with taps of the multi-queue kind (true) or not.
+pub fn bridged_with(taps: &[(&str, bool)]) -> Result<NetNs> {
     let netns = NetNs::new()?;
-    for tap in taps {
-        netns.add_tap(tap, multi_queue, None)?;
+    for (tap, multi_queue) in taps {
+        netns.add_tap(tap, *multi_queue, None)?;
     }
-    netns.add_bridge("br0", &format!("{HOST_IP}/{PREFIX}"), taps)?;
+    let taps: Vec<&str> = taps.iter().map(|(tap, _)| *tap).collect();
+    netns.add_bridge("br0", &format!("{HOST_IP}/{PREFIX}"), &taps)?;
     Ok(netns)
 }
 
