@@ -96,13 +96,25 @@ impl Postcopy {
         .with_context(|| format!("{:?}", qemu.migration()))
     }
 
-    /// After the link was cut: the destination listens at another address, and the source goes on there.
+    /// After the link was cut: the destination listens at another address, and the source goes on there. Nothing is asked of
+    /// the destination's main loop, which may wait for a page itself.
     pub fn recover(lab: &Lab, source: &mut Qemu, destination: &mut Qemu) -> Result<()> {
         Self::wait_status(source, "postcopy-paused")?;
-        Self::wait_status(destination, "postcopy-paused")?;
         let uri = format!("unix:{}", lab.path(&format!("{}.recovery", destination.name())).display());
-        destination.qmp.execute("migrate-recover", json!({ "uri": uri }))?;
-        source.qmp.execute("migrate", json!({ "uri": uri, "resume": true })).map(drop)
+        until("the destination to be ready for recovery", PATIENCE, || {
+            destination.check_alive()?;
+            match destination.qmp.execute_out_of_band("migrate-recover", json!({ "uri": uri })) {
+                Ok(_) => Ok(Some(())),
+                // It has not noticed yet.
+                Err(error) if format!("{error:#}").contains("paused") => Ok(None),
+                Err(error) => Err(error),
+            }
+        })?;
+        source.qmp.execute("migrate", json!({ "uri": uri, "resume": true }))?;
+        Self::wait_status(source, "postcopy-active").or_else(|error| match status(source)?.as_str() {
+            "completed" => Ok(()),
+            _ => Err(error),
+        })
     }
 
     /// Moves the guest, and what of its memory has not been sent follows.
@@ -123,7 +135,7 @@ impl Postcopy {
             let state = source.migration()?;
             match state["status"].as_str() {
                 Some("completed") => Ok(Some(state)),
-                Some("failed" | "cancelled" | "postcopy-paused") => {
+                Some("failed" | "cancelled" | "postcopy-paused" | "postcopy-recover-failed") => {
                     bail!("the migration has failed: {state}")
                 }
                 _ => Ok(None),

@@ -205,6 +205,11 @@ impl Qemu {
         self.shell.run(command)
     }
 
+    /// What it has printed so far, the guest's serial port aside.
+    pub fn output(&self) -> String {
+        self.process.output()
+    }
+
     /// The name it was started with.
     pub fn name(&self) -> &str {
         &self.name
