@@ -133,6 +133,13 @@ impl NetNs {
         words.next().and_then(|mtu| mtu.parse().ok()).with_context(|| format!("no MTU in: {text}"))
     }
 
+    /// An interface's MAC address.
+    pub fn mac(&self, interface: &str) -> Result<String> {
+        let text = self.ip(&format!("-o link show dev {interface}"))?;
+        let mut words = text.split_whitespace().skip_while(|word| *word != "link/ether").skip(1);
+        words.next().map(str::to_owned).with_context(|| format!("no MAC address in: {text}"))
+    }
+
     /// Packets that an interface received and sent; for a tap, from the guest and to it.
     pub fn packets(&self, interface: &str) -> Result<(u64, u64)> {
         let json: serde_json::Value =

@@ -165,6 +165,7 @@ impl Port {
             Effect::PostcopyAdvise => self.postcopy_advise(),
             Effect::PostcopyListen => self.postcopy_listen(),
             Effect::PostcopyArm => self.postcopy_arm(),
+            Effect::PostcopyWake => self.postcopy_wake(),
             Effect::PostcopyEnd => self.postcopy_end(),
             Effect::SetBackendChannel(fd) => self.backend_channel = Some(fd),
             // The session has stopped the rings; what pairs keep (call, err) is to stay.

@@ -92,6 +92,18 @@ impl Port {
         ));
     }
 
+    /// Reports of missing pages may have been lost: all are made again.
+    pub(crate) fn postcopy_wake(&mut self) {
+        if let Some(job) = self.wake_all() {
+            self.push(Step::Job(job));
+        }
+    }
+
+    fn wake_all(&self) -> Option<Job> {
+        let mappings = self.postcopy.regions.iter().map(|region| region.mapping.clone()).collect();
+        Some(Job::Wake(self.postcopy.uffd.clone()?, mappings))
+    }
+
     /// POSTCOPY_END: nothing may be under way when the ranges are unregistered.
     pub(crate) fn postcopy_end(&mut self) {
         self.push(Step::Drain);
@@ -122,9 +134,8 @@ impl Port {
     pub(crate) fn drain(&mut self) {
         self.plan.waiting = 1;
         self.postcopy.draining = true;
-        if let Some(uffd) = self.postcopy.uffd.clone() {
-            let mappings = self.postcopy.regions.iter().map(|region| region.mapping.clone()).collect();
-            self.plan_front(Step::Job(Job::Wake(uffd, mappings)));
+        if let Some(job) = self.wake_all() {
+            self.plan_front(Step::Job(job));
         }
     }
 

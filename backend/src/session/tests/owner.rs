@@ -81,6 +81,7 @@ impl CheckedOwner {
             | Effect::SendRarp(_)
             | Effect::SetBackendChannel(_)
             | Effect::PostcopyArm
+            | Effect::PostcopyWake
             | Effect::Reset => {}
         }
         Outcome::Done

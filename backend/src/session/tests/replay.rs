@@ -122,6 +122,7 @@ fn summary(effect: &Effect<Fd>, out: &mut String) {
         Effect::PostcopyAdvise => write!(out, "advise "),
         Effect::PostcopyListen => write!(out, "listen "),
         Effect::PostcopyArm => write!(out, "arm "),
+        Effect::PostcopyWake => write!(out, "wake "),
         Effect::PostcopyEnd => write!(out, "end "),
     };
 }
