@@ -70,6 +70,8 @@ pub(in crate::session) fn acknowledged<F: 'static>(
             session.todo.push_back(Todo::Postcopy(Step::Arm));
             Ok(Answer::Ack)
         }
+        // QEMU says it again after slots that were only removed, and when a guest that restarts its device changed none.
+        Phase::Armed => Ok(Answer::Ack),
         phase => Err(Refusal::PostcopyPhase { phase }.into()),
     }
 }
