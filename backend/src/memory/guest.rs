@@ -135,6 +135,7 @@ impl GuestMemory {
             region.residency = maps.get(region.mapping).cloned().flatten();
             region.whole = if region.residency.is_some() { 0 } else { region.size };
         }
+        table.incomplete = table.regions.iter().any(|region| region.residency.is_some());
         Self { table: Arc::new(table) }
     }
 

@@ -111,12 +111,12 @@ impl Port {
     }
 
     /// POSTCOPY_END: nothing may be under way when the ranges are unregistered, or it would make pages of zeros. So nothing
-    /// is asked for any more, and what is under way is waited for.
+    /// more is taken up, and what rings are known to wait for is waited for: if it does not come, the migration has failed.
     pub(crate) fn postcopy_end(&mut self, engine: &mut Engine) {
-        engine.arm(self.id, false);
-        engine.drop_queue(self.id);
-        self.postcopy.armed = false;
         self.postcopy.ending = true;
+        if !self.postcopy.armed && engine.queued(self.id) > 0 {
+            return self.lose_memory("postcopy ends before rings may ask for the pages they need", engine);
+        }
         self.plan.vital = true;
         self.push(Step::Drain);
         if let Some(uffd) = self.postcopy.uffd.clone() {
@@ -131,6 +131,7 @@ impl Port {
 
     /// Nothing can fault any more: memory is ordinary memory.
     pub(crate) fn postcopy_ended(&mut self, engine: &mut Engine) {
+        engine.arm(self.id, false);
         for region in &self.postcopy.regions {
             engine.remove(region.id);
         }
@@ -146,9 +147,10 @@ impl Port {
         self.plan_front(share);
     }
 
-    /// Whether no page of the port's memory is under way.
+    /// Whether no page of the port's memory is under way or waits for its turn.
     pub(crate) fn is_quiet(&self, engine: &Engine) -> bool {
-        self.postcopy.regions.iter().all(|region| engine.is_quiet(region.id))
+        let under_way = self.postcopy.regions.iter().any(|region| !engine.is_quiet(region.id));
+        !under_way && engine.queued(self.id) == 0
     }
 
     /// END waits: whoever waits for a page that is there already need not be woken by anybody else. Returns how.
@@ -160,7 +162,7 @@ impl Port {
 
     /// END came although pages are missing that rings wait for: their memory is given up, or they would become zeros.
     pub(crate) fn drain_failed(&mut self, engine: &mut Engine) {
-        let missing = engine.in_flight(self.id);
+        let missing = engine.in_flight(self.id) + engine.queued(self.id);
         self.lose_memory(&format!("{missing} pages that rings wait for have not arrived"), engine);
     }
 
