@@ -60,7 +60,7 @@ impl Away {
     /// Every page that has not been delivered is a hole still.
     pub fn check_holes(&self) -> Result<()> {
         let holes = self.holes()?;
-        let filled: Vec<_> = self.pages.keys().filter(|page| !holes.contains(page)).collect();
+        let filled: Vec<_> = self.pages.keys().filter(|page| holes.binary_search(page).is_err()).collect();
         ensure!(filled.is_empty(), "pages that have not arrived are no holes any more: {filled:?}");
         Ok(())
     }
@@ -102,7 +102,13 @@ impl Late {
     /// Takes all pages away but those that `stay`; returns how many.
     pub fn depart(&mut self, stay: impl Fn(u64) -> bool) -> Result<usize> {
         let memory = &self.front.memory;
+        let holes = self.away.holes()?;
         for page in (0..memory.size / PAGE).filter(|page| !stay(*page)) {
+            // What was never written is away as it is.
+            if holes.binary_search(&page).is_ok() {
+                self.away.pages.insert(page, vec![0; PAGE as usize]);
+                continue;
+            }
             let bytes = memory.read(page * PAGE, PAGE as usize)?;
             self.away.pages.insert(page, bytes);
             let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
@@ -183,6 +189,11 @@ impl Late {
             *self.asked.entry(page).or_default() += 1;
         }
         Ok(self.asked.len())
+    }
+
+    /// From now on pages count as asked for when they are asked for again.
+    pub fn forget_asked(&mut self) {
+        self.asked.clear();
     }
 
     /// How often each page was asked for.
