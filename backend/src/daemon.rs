@@ -8,8 +8,9 @@ use crate::config::{Config, PortConfig, Postcopy, PostcopyMultiqueue, UplinkSpec
 use crate::memory::sigbus::MAX_LIVE_MAPPINGS;
 use crate::net::counters::PairCounters;
 use crate::port::connection::{Endpoint, EndpointError};
-use crate::port::control::{Control, ControlToken};
+use crate::port::control::Control;
 use crate::port::helper::Helper;
+use crate::port::token::ControlToken;
 use crate::port::{MEM_SLOTS_MAX, MEM_SLOTS_MIN, Port};
 use crate::postcopy::uffd::{UffdError, Userfaultfd};
 use crate::reactor::{Done, Mailbox, Reactor, SetupError};
@@ -262,6 +263,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     }
     let _ = reactor.turn(false, &mut Vec::new(), &mut false);
     workers.into_iter().for_each(Worker::join);
+    control.give_up_pages();
     served.map_err(|error| DaemonError::System("io_uring_enter", error))
 }
 

@@ -143,6 +143,17 @@ impl Backend {
         line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).context("VmRSS's number")
     }
 
+    /// Threads that wait in the kernel for a page that userfaultfd reports.
+    pub fn waiting_for_pages(&self) -> Result<usize> {
+        let mut count = 0;
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.pid()))?.flatten() {
+            // A thread may end meanwhile.
+            let place = std::fs::read_to_string(task.path().join("wchan")).unwrap_or_default();
+            count += usize::from(place.contains("userfault"));
+        }
+        Ok(count)
+    }
+
     /// How often its threads have gone to sleep, which is as often as they were woken.
     pub fn wakeups(&self) -> Result<u64> {
         let mut count = 0;
@@ -208,6 +219,14 @@ impl Backend {
         let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
         let mut lines = log.iter().filter(|line| line.contains(port) && !is_asked_for(line));
         lines.any(|line| line.contains("WARN") || line.contains("ERROR") || counted_against(line) > 0)
+    }
+
+    /// The last answer to SIGUSR1 about a port.
+    pub fn counters(&self, port: &str) -> Result<String> {
+        self.complaints(port)?;
+        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lines = log.iter().filter(|line| is_asked_for(line) && line.contains(port));
+        lines.next_back().cloned().context("counters")
     }
 
     fn id(&self) -> Pid {
