@@ -40,6 +40,18 @@ pub fn cpu_time_ns(pid: u32) -> Result<u64> {
     Ok(sum)
 }
 
+/// What a CPU has done since the machine started other than idle, ns (in steps of 10 ms).
+pub fn busy_ns(cpu: usize) -> Result<u64> {
+    const TICK_NS: u64 = 10_000_000;
+    let text = fs::read_to_string("/proc/stat")?;
+    let name = format!("cpu{cpu} ");
+    let fields = text.lines().find_map(|l| l.strip_prefix(&name)).with_context(|| format!("no {name}"))?;
+    // user, nice, system, idle, iowait, irq, softirq, steal; a guest's time is in user already.
+    let ticks: Vec<u64> = fields.split_whitespace().take(8).filter_map(|f| f.parse().ok()).collect();
+    let busy = |(i, t): (usize, &u64)| if matches!(i, 3 | 4) { 0 } else { *t };
+    Ok(ticks.iter().enumerate().map(busy).sum::<u64>() * TICK_NS)
+}
+
 /// Voluntary plus involuntary context switches of all threads: how often the process was woken or preempted.
 pub fn context_switches(pid: u32) -> Result<u64> {
     let mut sum = 0;
@@ -101,6 +113,7 @@ mod tests {
             x = std::hint::black_box(x.wrapping_mul(i | 1));
         }
         assert!(cpu_time_ns(me).expect("cpu time") > before);
+        assert!(busy_ns(0).expect("CPU 0") > 0);
         assert!(resident(me).expect("resident").anon > 0);
         assert_eq!(status_field("a:\t7\nb: 9 kB\n", "b:"), Some(9));
         assert!(!cpus_allowed(me).expect("cpus").is_empty());
