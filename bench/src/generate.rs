@@ -62,7 +62,7 @@ pub fn run(args: &Args) -> Result<()> {
 
 enum Way {
     Packet(Injector),
-    Xsk(Sender),
+    Xsk(Box<Sender>),
 }
 
 /// One frame, many times.
@@ -82,7 +82,7 @@ impl Generator {
         let frame = Frame::numbered(0, size, 0, mac);
         let way = match source {
             Source::Packet => Way::Packet(Injector::open(link)?),
-            Source::Xsk => Way::Xsk(Sender::open(link, &frame)?),
+            Source::Xsk => Way::Xsk(Box::new(Sender::open(link, &frame)?)),
         };
         Ok(Self { way, frame })
     }
