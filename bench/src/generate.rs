@@ -9,6 +9,7 @@ use lab::wire::{FOREIGN_MAC, Frame, Injector, Link};
 use serde::Serialize;
 
 use crate::interrupt;
+use crate::procstat;
 use crate::xsk::Sender;
 
 /// Frames that one system call puts into the interface.
@@ -52,7 +53,7 @@ pub fn run(args: &Args) -> Result<()> {
     let start = Instant::now();
     let time = Duration::from_secs_f64(args.seconds);
     let taken = match args.pps {
-        Some(pps) => generator.paced(pps, time)?,
+        Some(pps) => generator.paced_in_time(pps, time)?,
         None => generator.flood(time)?,
     };
     let rate = taken as f64 / start.elapsed().as_secs_f64();
@@ -120,6 +121,14 @@ impl Generator {
             taken += self.burst(BURST as u64)?;
         }
         Ok(taken)
+    }
+
+    /// The same from a thread that nothing but the kernel holds up: it leaves the CPU between bursts, and takes it back in
+    /// time. Without that, a front-end that polls on the same CPU keeps it for milliseconds at a time, and the bursts get
+    /// longer than its ring.
+    pub fn paced_in_time(&mut self, pps: u64, time: Duration) -> Result<u64> {
+        let _first = procstat::RealTime::enter()?;
+        self.paced(pps, time)
     }
 
     /// `pps` frames a second for `time`, a burst every so often; what is late is made up for. Returns how many the

@@ -1,11 +1,11 @@
-//! Another process as `/proc` shows it: CPU time, context switches, memory, where its threads may run; and the
-//! set-up of a child before its exec. Not here: anything about packets.
+//! Another process as `/proc` shows it: CPU time, context switches, memory, where its threads may run; the set-up of
+//! a child before its exec, and a thread's place before others. Not here: anything about packets.
 
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 /// Pins `command` to a CPU (if one is given) and has the kernel kill it when the thread that spawns it ends, so
 /// that nothing is left behind however the caller dies.
@@ -24,6 +24,31 @@ pub fn pin_and_die_with_parent(command: &mut Command, cpu: Option<usize>) {
     };
     // SAFETY: the hook runs between fork and exec; it makes two system calls, allocates nothing and takes no lock.
     unsafe { command.pre_exec(hook) };
+}
+
+/// The calling thread comes before all ordinary ones, until this is dropped.
+pub struct RealTime(());
+
+impl RealTime {
+    /// From now on.
+    pub fn enter() -> Result<Self> {
+        schedule(libc::SCHED_FIFO, 1).context("SCHED_FIFO (needs CAP_SYS_NICE)")?;
+        Ok(Self(()))
+    }
+}
+
+impl Drop for RealTime {
+    fn drop(&mut self) {
+        let _ = schedule(libc::SCHED_OTHER, 0);
+    }
+}
+
+fn schedule(policy: i32, priority: i32) -> Result<()> {
+    let parameter = libc::sched_param { sched_priority: priority };
+    // SAFETY: the parameter outlives the call; 0 is the calling thread.
+    let r = unsafe { libc::sched_setscheduler(0, policy, &raw const parameter) };
+    ensure!(r == 0, "sched_setscheduler: {}", std::io::Error::last_os_error());
+    Ok(())
 }
 
 /// CPU time of all live threads of a process in nanoseconds (the scheduler's own clock, not ticks).

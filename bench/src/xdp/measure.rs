@@ -55,11 +55,11 @@ impl Sink<'_> {
     }
 }
 
-/// Veth to guest: `pps` packets a second, or as many as the generator can.
+/// Veth to guest: `pps` packets a second.
 pub fn receiving(
     backend: &mut BackEnd,
     generator: &mut Generator,
-    pps: Option<u64>,
+    pps: u64,
     window: Duration,
     sink: &mut Sink,
 ) -> Result<Received> {
@@ -70,10 +70,7 @@ pub fn receiving(
         testpmd.clear_forward_stats()?;
     }
     let (start, cpu, busy) = (Instant::now(), procstat::cpu_time_ns(pid)?, procstat::busy_ns(BACKEND_CPU)?);
-    let sent = match pps {
-        Some(pps) => generator.paced(pps, window)?,
-        None => generator.flood(window)?,
-    };
+    let sent = generator.paced_in_time(pps, window)?;
     let wall = start.elapsed();
     let cpu = procstat::cpu_time_ns(pid)? - cpu;
     let busy = procstat::busy_ns(BACKEND_CPU)? - busy;

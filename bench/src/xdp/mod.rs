@@ -52,8 +52,6 @@ enum What {
     ReceiveCpu(usize),
     /// The same, measured in another way.
     ReceiveCheck(usize),
-    /// Veth to guest, as many as the generator can.
-    Receive(usize),
 }
 
 impl Rows for What {
@@ -62,13 +60,12 @@ impl Rows for What {
             Self::Transmit(size) => ("guest->veth", size),
             Self::ReceiveCpu(size) => ("veth->guest, fixed rate", size),
             Self::ReceiveCheck(size) => ("  cross-check", size),
-            Self::Receive(size) => ("veth->guest, all the generator can", size),
         }
     }
 
     fn unit(self) -> Unit {
         match self {
-            Self::Transmit(_) | Self::Receive(_) => Unit::Mpps,
+            Self::Transmit(_) => Unit::Mpps,
             Self::ReceiveCpu(_) | Self::ReceiveCheck(_) => Unit::CpuNs,
         }
     }
@@ -77,7 +74,7 @@ impl Rows for What {
         match self {
             Self::Transmit(_) => Some(RATE_GOAL),
             Self::ReceiveCpu(_) => Some(CPU_GOAL),
-            Self::ReceiveCheck(_) | Self::Receive(_) => None,
+            Self::ReceiveCheck(_) => None,
         }
     }
 }
@@ -109,7 +106,7 @@ pub struct Args {
     #[arg(long, default_value_t = 500_000)]
     pps: u64,
     /// How frames to the guest are made
-    #[arg(long, value_enum, default_value_t = Source::Packet)]
+    #[arg(long, value_enum, default_value_t = Source::Xsk)]
     source: Source,
     /// Write the JSON report here
     #[arg(long)]
@@ -225,11 +222,8 @@ fn receive(
     let mut generator = Generator::to(&veth.far, args.source, size, GUEST_MAC_BYTES)?;
     eprintln!("  veth->guest {size} B, {} packets/s", args.pps);
     let Received { cell, check_ns } =
-        measure::receiving(backend, &mut generator, Some(args.pps), args.window(), sink)?;
+        measure::receiving(backend, &mut generator, args.pps, args.window(), sink)?;
     cells.push((What::ReceiveCpu(size), cell));
     cells.push((What::ReceiveCheck(size), Cell { work_ns: check_ns, ..cell }));
-    eprintln!("  veth->guest {size} B, all the generator can");
-    let Received { cell, .. } = measure::receiving(backend, &mut generator, None, args.window(), sink)?;
-    cells.push((What::Receive(size), cell));
     Ok(())
 }
