@@ -2,7 +2,10 @@
 //!
 //! Not here: the programs (`ebpf/`, objects in `backend/bpf`), and those who load them: the XDP uplink and tap steering
 //! (`uplink`), fault latency (`observe`).
-#![forbid(unsafe_code)]
+//! In their modules: bpf(2) where aya does not do (`sys`), programs of interfaces (`netlink`).
+
+pub mod netlink;
+pub mod sys;
 
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};

@@ -1,8 +1,9 @@
-//! The text form of an uplink: `tap:NAME[,up]`, `tap-fd:N[:N…]`, `null`.
+//! The text form of an uplink: `tap:NAME[,up]`, `tap-fd:N[:N…]`, `xdp:INTERFACE[,…]`, `null`.
 //!
-//! Here: syntax only. Opening what it names is the work of `uplink/`.
+//! Here: syntax only; of xdp in `xdp_spec`. Opening what it names is the work of `uplink/`.
 #![forbid(unsafe_code)]
 
+use super::xdp_spec::{XdpProblem, XdpSpec};
 use std::fmt;
 use std::os::fd::RawFd;
 use std::str::FromStr;
@@ -22,6 +23,8 @@ pub enum UplinkSpec {
     },
     /// Tap fds that were opened by someone else and inherited, one per queue pair.
     TapFds(Vec<RawFd>),
+    /// AF_XDP sockets on an interface, which ports may share.
+    Xdp(XdpSpec),
     /// Counts and drops what the guest sends, and sends nothing.
     Null,
 }
@@ -30,7 +33,7 @@ pub enum UplinkSpec {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UplinkProblem {
     /// Not a kind that exists.
-    #[error("uplink '{0}' is unknown, use tap:NAME, tap-fd:N or null")]
+    #[error("uplink '{0}' is unknown, use tap:NAME, tap-fd:N, xdp:INTERFACE or null")]
     Kind(String),
     /// Not a name that the kernel takes.
     #[error(
@@ -46,6 +49,9 @@ pub enum UplinkProblem {
     /// The same fd twice.
     #[error("tap-fd has fd {0} twice, give each queue pair its own")]
     TapFdTwice(RawFd),
+    /// The options of an XDP uplink.
+    #[error(transparent)]
+    Xdp(#[from] XdpProblem),
     /// Text after `null`.
     #[error("uplink null takes no options, drop '{0}'")]
     NullOption(String),
@@ -60,6 +66,7 @@ impl FromStr for UplinkSpec {
         match kind {
             "tap" => tap(rest.strip_prefix(':').unwrap_or("")),
             "tap-fd" => tap_fds(rest.strip_prefix(':').unwrap_or(rest)),
+            "xdp" => Ok(Self::Xdp(rest.strip_prefix(':').unwrap_or("").parse()?)),
             "null" if rest.is_empty() => Ok(Self::Null),
             "null" => Err(UplinkProblem::NullOption(rest.to_owned())),
             _ => Err(UplinkProblem::Kind(text.to_owned())),
@@ -70,9 +77,7 @@ impl FromStr for UplinkSpec {
 fn tap(text: &str) -> Result<UplinkSpec, UplinkProblem> {
     let mut parts = text.split(',');
     let name = parts.next().unwrap_or("");
-    // The kernel's own rule (dev_valid_name), and '%', which would let it number the interface.
-    let bad = |c: char| c.is_whitespace() || "/:%".contains(c);
-    if name.is_empty() || name.len() > MAX_IFNAME_LEN || name == "." || name == ".." || name.contains(bad) {
+    if !is_interface_name(name) {
         return Err(UplinkProblem::TapName(name.to_owned()));
     }
     let mut up = false;
@@ -83,6 +88,12 @@ fn tap(text: &str) -> Result<UplinkSpec, UplinkProblem> {
         }
     }
     Ok(UplinkSpec::Tap { name: name.to_owned(), up })
+}
+
+/// The kernel's own rule (dev_valid_name), and '%', which would let it number the interface.
+pub(super) fn is_interface_name(name: &str) -> bool {
+    let bad = |c: char| c.is_whitespace() || "/:%".contains(c);
+    !name.is_empty() && name.len() <= MAX_IFNAME_LEN && name != "." && name != ".." && !name.contains(bad)
 }
 
 fn tap_fds(text: &str) -> Result<UplinkSpec, UplinkProblem> {
@@ -108,6 +119,7 @@ impl fmt::Display for UplinkSpec {
                 write!(f, "tap-fd")?;
                 fds.iter().try_for_each(|fd| write!(f, ":{fd}"))
             }
+            Self::Xdp(xdp) => write!(f, "xdp:{xdp}"),
             Self::Null => write!(f, "null"),
         }
     }

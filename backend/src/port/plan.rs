@@ -221,7 +221,7 @@ impl Port {
     /// A pair's receive ring was given up: frames must not be steered to it.
     pub(crate) fn leave_steering(&mut self, pair: u16) -> Option<Job> {
         let live = self.live.get_mut(usize::from(pair))?;
-        (std::mem::take(live) && pair > 0).then(|| Job::LeaveSteering(self.uplink.clone(), pair))
+        std::mem::take(live).then(|| Job::LeaveSteering(self.uplink.clone(), pair))
     }
 
     fn start_ring(&mut self, index: u16, config: RingConfig, kick: Option<PeerFd>) -> Result<(), String> {
@@ -234,13 +234,13 @@ impl Port {
         Ok(())
     }
 
-    /// Puts a pair into the uplink's steering or takes it out, with its receive ring. The first pair always takes part.
+    /// Puts a pair into the uplink's steering or takes it out, with its receive ring.
     fn steer(&mut self, index: u16, live: bool) {
         let pair = index / 2;
         let Some(slot) = self.live.get_mut(usize::from(pair)).filter(|_| index.is_multiple_of(2)) else {
             return;
         };
-        if std::mem::replace(slot, live) != live && pair > 0 {
+        if std::mem::replace(slot, live) != live {
             self.push(Step::Job(Job::Queues(self.uplink.clone(), vec![(pair, live)])));
         }
     }
@@ -310,7 +310,7 @@ impl Port {
         self.plan.drop_steps();
         let resets = (0..self.pairs()).map(|pair| (pair, Command::Reset)).collect();
         self.push(Step::Pairs(resets));
-        let queues: Vec<_> = (1..self.pairs())
+        let queues: Vec<_> = (0..self.pairs())
             .filter(|pair| self.live[usize::from(*pair)])
             .map(|pair| (pair, false))
             .collect();
@@ -318,6 +318,7 @@ impl Port {
             self.push(Step::Job(Job::Queues(self.uplink.clone(), queues)));
         }
         self.live.fill(false);
+        self.uplink.front_end_left();
         self.configure(0);
         self.check_log();
         let memory = std::mem::replace(&mut self.memory, GuestMemory::empty());

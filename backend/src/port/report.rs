@@ -50,6 +50,7 @@ impl Port {
                 words.push(format!("{name}={n}"));
             }
         }
+        words.extend(Some(self.uplink.report()).filter(|report| !report.is_empty()));
         if words.is_empty() { "no packets".into() } else { words.join(" ") }
     }
 }

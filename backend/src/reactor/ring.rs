@@ -48,6 +48,8 @@ pub enum Done {
     Signal(io::Result<libc::signalfd_siginfo>),
     /// A timer ran out (false: cancelled).
     Elapsed(bool),
+    /// The kernel side of a socket's rings has been woken.
+    Woken(io::Result<()>),
 }
 
 enum Body {
@@ -57,6 +59,7 @@ enum Body {
     Send(Box<Outgoing>),
     Poll,
     Event,
+    Wake,
     Signal(Box<libc::signalfd_siginfo>),
     Timer { _time: Box<Timespec> },
 }
@@ -162,6 +165,18 @@ impl<T: Copy> Reactor<T> {
             entry = entry.flags(squeue::Flags::ASYNC);
         }
         self.start(entry, token, Body::Event, Some(eventfd))
+    }
+
+    /// Wakes the kernel side of an AF_XDP socket's rings: by a send of nothing for TX, a receive of nothing for FILL. It never
+    /// waits.
+    pub fn wake_socket(&mut self, socket: &Arc<OwnedFd>, send: bool, token: T) -> OpId {
+        let fd = Fd(socket.as_raw_fd());
+        let entry = if send {
+            opcode::Send::new(fd, std::ptr::null(), 0).flags(libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL).build()
+        } else {
+            opcode::Recv::new(fd, std::ptr::null_mut(), 0).flags(libc::MSG_DONTWAIT).build()
+        };
+        self.start(entry, token, Body::Wake, Some(socket))
     }
 
     /// Reads one signal from a signalfd.
@@ -317,6 +332,7 @@ impl<T: Copy> Reactor<T> {
                 Body::Send(message) => Done::Sent(outcome.map(|n| n as usize), message),
                 Body::Poll => Done::Ready(outcome, false),
                 Body::Event => Done::Signalled(outcome.map(drop)),
+                Body::Wake => Done::Woken(outcome.map(drop)),
                 Body::Signal(info) => Done::Signal(outcome.map(|_| *info)),
                 Body::Timer { .. } => Done::Elapsed(result == -libc::ETIME),
             };

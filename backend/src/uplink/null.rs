@@ -37,8 +37,8 @@ impl Uplink for Null {
 }
 
 impl UplinkQueue for NullQueue {
-    fn readable(&self) -> Option<&Arc<OwnedFd>> {
-        None
+    fn readable(&self) -> &[Arc<OwnedFd>] {
+        &[]
     }
     fn send(&mut self, _frame: &[IoVec<'_>]) -> Result<(), SendError> {
         Ok(())

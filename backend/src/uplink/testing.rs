@@ -76,8 +76,8 @@ impl FakeUplink {
 }
 
 impl UplinkQueue for FakeUplink {
-    fn readable(&self) -> Option<&Arc<OwnedFd>> {
-        Some(&self.event)
+    fn readable(&self) -> &[Arc<OwnedFd>] {
+        std::slice::from_ref(&self.event)
     }
 
     fn mtu(&self) -> u16 {

@@ -16,6 +16,7 @@ pub mod pair;
 mod tests;
 pub mod thread;
 mod turn;
+mod wake;
 
 use crate::memory::GuestMemory;
 use crate::net::counters::PairCounters;
@@ -171,10 +172,14 @@ pub struct PairToken {
 pub enum What {
     /// Poll of a kick eventfd.
     Kick(Direction),
-    /// Poll of the uplink for frames.
-    UplinkReadable,
+    /// Poll of one of the uplink's descriptors for frames.
+    UplinkReadable(u16),
     /// Poll of the uplink for room.
     UplinkWritable,
+    /// Wake-up of the uplink's kernel side.
+    UplinkWake(Direction),
+    /// The pause before the next one.
+    UplinkPause(Direction),
     /// Write to a call eventfd.
     Call(Direction),
     /// Write to an error eventfd.

@@ -24,7 +24,9 @@ impl Pair {
     pub fn turn<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, shared: &mut Shared) {
         self.queued = false;
         self.transmit(reactor, shared);
+        self.wake_uplink(reactor, Direction::Transmit);
         self.receive(reactor, shared);
+        self.wake_uplink(reactor, Direction::Receive);
         if self.memory.poisoned() {
             self.fail_memory(reactor, shared);
         }
@@ -61,6 +63,9 @@ impl Pair {
                 }
                 End::UplinkFull => {
                     ring.pending = false;
+                    if used > 0 {
+                        self.found_room();
+                    }
                     self.wait_writable(reactor);
                     Ok(())
                 }
