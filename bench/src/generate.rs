@@ -12,6 +12,8 @@ use crate::interrupt;
 use crate::procstat;
 use crate::xsk::Sender;
 
+/// Address of the guest in comparisons that steer by it.
+pub const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0x00, 0xbe, 0xef, 0x01];
 /// Frames that one system call puts into the interface.
 const BURST: usize = 64;
 /// Pause between two looks at the clock at a fixed rate.
@@ -36,6 +38,9 @@ pub struct Args {
     /// How
     #[arg(long, default_value = "packet")]
     source: Source,
+    /// Send to the address that the guests of comparisons have, not to nobody's
+    #[arg(long)]
+    to_guest: bool,
     /// Frame length in bytes, without FCS
     #[arg(long, default_value_t = 64)]
     size: usize,
@@ -49,7 +54,8 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<()> {
     interrupt::install()?;
-    let mut generator = Generator::open(&Link::named(&args.iface), args.source, args.size)?;
+    let mac = if args.to_guest { GUEST_MAC } else { FOREIGN_MAC };
+    let mut generator = Generator::to(&Link::named(&args.iface), args.source, args.size, mac)?;
     let start = Instant::now();
     let time = Duration::from_secs_f64(args.seconds);
     let taken = match args.pps {

@@ -23,7 +23,7 @@ use anyhow::Result;
 use clap::ValueEnum;
 
 use crate::compare::{self, BackEnd, Cell, Goal, Heading, Place, Report, Rows, SIZES, Unit, WARM_UP};
-use crate::generate::{Generator, Source};
+use crate::generate::{GUEST_MAC, Generator, Source};
 use crate::interrupt;
 use crate::raw::Direction;
 use crate::testpmd::Testpmd;
@@ -31,9 +31,6 @@ use measure::{Received, Sink};
 use sides::{Kind, Side};
 use veth::Veth;
 
-/// The guest's address, which frames to it are sent to.
-const GUEST_MAC: &str = "52:54:00:be:ef:01";
-const GUEST_MAC_BYTES: [u8; 6] = [0x52, 0x54, 0x00, 0xbe, 0xef, 0x01];
 /// Columns, as `Side::name` calls them.
 const NAMES: [&str; 4] = ["bare", "dpdk-busy", "dpdk", "ours"];
 /// To reach, guest to veth: so much of DPDK's rate.
@@ -144,6 +141,11 @@ pub fn run(args: &Args) -> Result<()> {
     compare::publish(&report, args.json.as_deref())
 }
 
+/// The guest's address, which frames to it are sent to, as text.
+fn guest_mac() -> String {
+    GUEST_MAC.map(|byte| format!("{byte:02x}")).join(":")
+}
+
 type Cells = Vec<(What, Cell)>;
 
 /// All measurements of one side. Interfaces, back-end and front-end are made afresh.
@@ -155,7 +157,7 @@ fn one_round(args: &Args, side: &Side, cells: &mut Cells) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let socket = folder.path().join("vhost.sock");
     let mut backend = side.start(&socket, &veth.near)?;
-    let mut frontend = compare::start_frontend(&socket, &format!("mac={GUEST_MAC}"))?;
+    let mut frontend = compare::start_frontend(&socket, &format!("mac={}", guest_mac()))?;
     let result = through_a_guest(args, &mut backend, &mut frontend, &veth, cells);
     if let (Err(e), Some(how)) = (&result, backend.ended()) {
         anyhow::bail!("{e:#}; {how}");
@@ -219,7 +221,7 @@ fn receive(
     sink: &mut Sink,
     cells: &mut Cells,
 ) -> Result<()> {
-    let mut generator = Generator::to(&veth.far, args.source, size, GUEST_MAC_BYTES)?;
+    let mut generator = Generator::to(&veth.far, args.source, size, GUEST_MAC)?;
     eprintln!("  veth->guest {size} B, {} packets/s", args.pps);
     let Received { cell, check_ns } =
         measure::receiving(backend, &mut generator, args.pps, args.window(), sink)?;

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use lab::wire::Link;
 
-use super::GUEST_MAC;
+use super::guest_mac;
 use crate::compare::{BACKEND_CPU, BackEnd};
 use crate::raw::Direction;
 
@@ -54,7 +54,7 @@ impl Side {
         match self.kind {
             Kind::Ours => {
                 let mut command = Command::new(&self.program);
-                command.args(["--socket-path", path, "--mac", GUEST_MAC, "--log", "warn"]);
+                command.args(["--socket-path", path, "--mac", &guest_mac(), "--log", "warn"]);
                 command.args(["--uplink", &format!("xdp:{name}{}", self.options)]);
                 BackEnd::spawn(command, "the back-end's socket", || socket.exists())
             }
