@@ -4,3 +4,4 @@ mod faults;
 mod lifecycle;
 mod notify;
 mod rig;
+mod wake;

@@ -5,6 +5,7 @@ use super::PATIENCE;
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -177,10 +178,22 @@ impl Backend {
     ///
     /// Log lines have rate limits; the counters have none. They are asked for with SIGUSR1.
     pub fn complaints(&self, port: &str) -> Result<u64> {
+        Ok(counted_against(&self.summary(port)?))
+    }
+
+    /// A port's counters that are not zero.
+    pub fn counters(&self, port: &str) -> Result<BTreeMap<String, u64>> {
+        let summary = self.summary(port)?;
+        let pairs = summary.split_whitespace().filter_map(|word| word.split_once('='));
+        Ok(pairs.filter_map(|(name, n)| Some((name.to_owned(), n.parse().ok()?))).collect())
+    }
+
+    /// Asks for the counters, and waits for a port's line.
+    fn summary(&self, port: &str) -> Result<String> {
         let answers = || {
             let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
             let mut lines = log.iter().filter(|line| is_asked_for(line) && line.contains(port));
-            let last = lines.next_back().map(|line| counted_against(line));
+            let last = lines.next_back().cloned();
             (lines.count() + usize::from(last.is_some()), last)
         };
         let (before, _) = answers();
