@@ -10,7 +10,7 @@
 use super::checksum;
 use super::inbox::Reader;
 use super::nic::{Nic, PairParts, PortState};
-use super::nic_queue::{BURST, Lane};
+use super::nic_queue::{BURST, Lane, Sender};
 use super::pace::Pace;
 use super::socket::descriptor;
 use super::switch::{Learned, Link, Mac, Route, may_send};
@@ -114,12 +114,11 @@ impl XdpQueue {
     /// Gets free frames, sent ones first.
     fn restock(&mut self, want: usize) {
         let lane = &self.lanes[self.sends];
-        let Some((_, sender)) = lane.tx else { return };
+        let Some(Sender { owner, .. }) = lane.tx else { return };
         let mut rings = lane.queue.rings();
-        if rings.frames.free(sender) < want {
-            rings.reap(&lane.queue.umem);
-        }
-        rings.frames.take(sender, want.saturating_sub(self.stash.len()), &mut self.stash);
+        // Always, so that the few frames that were used last are used again: they are in the cache.
+        rings.reap(&lane.queue.umem);
+        rings.frames.take(owner, want.saturating_sub(self.stash.len()), &mut self.stash);
     }
 
     /// Copies a frame into `frame` and decides where it goes. Its length comes with the decision.
@@ -325,7 +324,7 @@ impl UplinkQueue for XdpQueue {
                 if matches!(route, Route::Wire | Route::Both) {
                     let lane = &mut self.lanes[self.sends];
                     let address = lane.queue.umem.address(frame, HEADROOM);
-                    if let Some((ring, _)) = &mut lane.tx {
+                    if let Some(Sender { ring, .. }) = &mut lane.tx {
                         let pushed = ring.push(descriptor(address, len as u32));
                         debug_assert!(pushed, "the TX ring has room for all frames of its socket");
                         sent = true;
@@ -338,7 +337,7 @@ impl UplinkQueue for XdpQueue {
         if !self.local.is_empty() {
             self.deliver_local();
         }
-        if let Some((ring, _)) = self.lanes[self.sends].tx.as_mut().filter(|_| sent) {
+        if let Some(Sender { ring, .. }) = self.lanes[self.sends].tx.as_mut().filter(|_| sent) {
             ring.publish();
         }
         if let Some(source) = to_learn {
@@ -407,18 +406,18 @@ impl UplinkQueue for XdpQueue {
             return Some(self.lanes[lane].socket.fd());
         }
         let lane = &mut self.lanes[self.sends];
-        let (ring, _) = lane.tx.as_mut()?;
+        let Sender { ring, socket, .. } = lane.tx.as_mut()?;
         let waiting = ring.waiting();
         self.pace.before(waiting);
         let wanted = self.pace.link_is_down() || (waiting > 0 && ring.needs_wakeup());
-        wanted.then(|| lane.socket.fd())
+        wanted.then(|| socket.fd())
     }
 
     fn woken(&mut self, direction: Direction, result: &io::Result<()>) -> Woken {
         if direction == Direction::Receive {
             return Woken::Done;
         }
-        let waiting = self.lanes[self.sends].tx.as_mut().map_or(0, |(ring, _)| ring.waiting());
+        let waiting = self.lanes[self.sends].tx.as_mut().map_or(0, |tx| tx.ring.waiting());
         match self.pace.after(result, waiting) {
             Ok(woken) => woken,
             Err(_) => self.gone().map_or_else(Woken::Down, |()| Woken::Done),
