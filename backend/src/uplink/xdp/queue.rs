@@ -274,6 +274,11 @@ impl UplinkQueue for XdpQueue {
         &self.readable
     }
 
+    /// In copy mode the kernel wakes for each frame that a virtual interface delivers.
+    fn wakes_often(&self) -> bool {
+        true
+    }
+
     /// A TX ring is writable as soon as it is half empty, whether frames are free or not: [`Self::wake`] tells more.
     fn writable(&self) -> Option<&Arc<OwnedFd>> {
         None
