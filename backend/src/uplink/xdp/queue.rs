@@ -15,7 +15,7 @@ use super::pace::Pace;
 use super::socket::descriptor;
 use super::switch::{Learned, Link, Mac, Route, may_send};
 use super::umem::{HEADROOM, LINK_BYTES, Umem};
-use crate::memory::{IoVec, gather, scatter};
+use crate::memory::{IoVec, gather, scatter, scatter_two};
 use crate::net::counters::PairCounters;
 use crate::net::header::{HDR_LEN, VirtioNetHdr};
 use crate::uplink::{Burst, ReceiveError, SendError, UplinkQueue, Woken};
@@ -33,6 +33,9 @@ const INBOX_TURN: u32 = BURST;
 const FLOOD_TURN: u32 = 32;
 /// Source addresses that the queue knows to be the port's, for a quick look.
 const KNOWN: usize = 4;
+
+/// Nothing is left to be done about a received frame.
+const NO_HEADER: [u8; HDR_LEN] = [0; HDR_LEN];
 
 /// A frame that local ports get.
 struct Local {
@@ -129,21 +132,24 @@ impl XdpQueue {
         frame: u32,
         header_len: usize,
     ) -> Result<(Route, usize, Link), SendError> {
-        let total: usize = buffers.iter().map(IoVec::len).sum();
-        let len = total.saturating_sub(header_len);
-        if total < header_len || len > usize::from(self.nic.mtu) + LINK_BYTES {
+        let mut header = NO_HEADER;
+        let Some((first, rest)) = buffers.split_first().filter(|(first, _)| first.len() == header_len) else {
+            return Err(too_long());
+        };
+        gather(std::slice::from_ref(first), &mut header);
+        let len: usize = rest.iter().map(IoVec::len).sum();
+        if len > usize::from(self.nic.mtu) + LINK_BYTES {
             return Err(too_long());
         }
         // SAFETY: the frame is from our stash: neither the kernel nor anybody else has it.
         let bytes = unsafe { self.umem().bytes(frame) };
-        let bytes = &mut bytes[HEADROOM - header_len..HEADROOM + len];
-        gather(buffers, bytes);
-        let (header, data) = bytes.split_at_mut(header_len);
+        let data = &mut bytes[HEADROOM..HEADROOM + len];
+        gather(rest, data);
         let link = Link::of(data).ok_or_else(too_long)?;
         if len > usize::from(self.nic.mtu) + 14 + 4 * link.tags {
             return Err(too_long());
         }
-        let header = VirtioNetHdr::parse(header);
+        let header = VirtioNetHdr::parse(&header);
         if u32::from(header.flags) & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0
             && !checksum::complete(data, header.csum_start.get().into(), header.csum_offset.get().into())
         {
@@ -361,11 +367,10 @@ impl UplinkQueue for XdpQueue {
                 self.recycle[usize::from(lane)].push(frame);
                 // SAFETY: the frame came off our RX ring and is not in FILL yet: it is ours.
                 let bytes = unsafe { umem.bytes(frame) };
-                let start = offset.saturating_sub(header_len);
-                let Some(bytes) = bytes.get_mut(start..offset + len as usize) else { continue };
-                bytes[..header_len].fill(0);
+                let Some(data) = bytes.get(offset..offset + len as usize) else { continue };
+                // Not put in front of the data, in a line that is in no cache: a load over both would wait for it.
                 // SAFETY: buffers to be received into may be written (the trait's contract).
-                return Ok(unsafe { scatter(buffers, bytes) });
+                return Ok(unsafe { scatter_two(buffers, &NO_HEADER[..header_len], data) });
             }
             if self.inbox_turn > 0
                 && let Some(bytes) = self.inbox.front(header_len)
