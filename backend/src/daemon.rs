@@ -78,6 +78,9 @@ struct OpenUplink {
     groups: Vec<usize>,
 }
 
+/// An uplink with its queues.
+type OwnUplink = (Arc<dyn Uplink>, Vec<Box<dyn UplinkQueue>>);
+
 fn boxed<Q: UplinkQueue + 'static>(queues: impl IntoIterator<Item = Q>) -> Vec<Box<dyn UplinkQueue>> {
     queues.into_iter().map(|queue| Box::new(queue) as Box<dyn UplinkQueue>).collect()
 }
@@ -148,7 +151,7 @@ fn open_interface(
 }
 
 /// Opens an uplink that a port has for itself.
-fn open_own(port: &PortConfig) -> Result<(Arc<dyn Uplink>, Vec<Box<dyn UplinkQueue>>), DaemonError> {
+fn open_own(port: &PortConfig) -> Result<OwnUplink, DaemonError> {
     let tap = match &port.uplink {
         UplinkSpec::Null | UplinkSpec::Xdp(_) => {
             return Ok((Arc::new(Null), boxed((0..port.queue_pairs).map(|_| NullQueue))));

@@ -91,7 +91,7 @@ impl Cable {
     }
 
     /// The next frame of ours that comes out of the cable.
-    pub fn next(&mut self) -> Result<Option<Vec<u8>>> {
+    pub fn next_frame(&mut self) -> Result<Option<Vec<u8>>> {
         Ok(self.capture.next(QUIET)?.map(<[u8]>::to_vec))
     }
 

@@ -158,6 +158,28 @@ fn two_pairs_on_two_queues() -> Result<()> {
     })
 }
 
+/// Ports with pairs on two workers: frames of one pair come in order, whoever serves whom.
+#[test]
+fn local_ports_on_two_workers() -> Result<()> {
+    with_cable("local_ports_on_two_workers", 2, |cable| {
+        let on = ",local-switch=on";
+        let backend = cable.start_with(2, &[&with_mac(A, on), &with_mac(B, on)], "workers = 2\n")?;
+        let mut a = Guest::up(&backend.socket("p0"), A, 2)?;
+        let mut b = Guest::up(&backend.socket("p1"), B, 2)?;
+        for pair in 0..2 {
+            a.send_on(pair, 0..200, 900, b.mac)?;
+            b.expect(0..200)?;
+            b.send_on(pair, 200..400, 900, a.mac)?;
+            a.expect(200..400)?;
+        }
+        ensure!(cable.rest()? == 0, "a local frame went out");
+        let counters = backend.counters("p0")?;
+        let local = (counters.get("tx_local"), counters.get("rx_inbox"));
+        ensure!(local == (Some(&400), Some(&400)), "{counters:?}");
+        Ok(())
+    })
+}
+
 /// One guest offers no buffers and one never takes its sent frames back: others go on as if nothing was.
 #[test]
 fn a_port_that_stands_still_holds_up_no_other() -> Result<()> {

@@ -33,8 +33,8 @@ const DPDK_DRIVERS: [&str; 6] = [
 ];
 
 /// What to install by hand where this command cannot do it.
-const BY_HAND: &str = "iproute2, QEMU >= 8.2 for x86-64 (qemu-system-x86), DPDK's testpmd with the vhost, virtio, tap \
-    and af_xdp drivers (dpdk-dev)";
+const BY_HAND: &str = "iproute2, bpftool, QEMU >= 8.2 for x86-64 (qemu-system-x86), DPDK's testpmd with the vhost, virtio, \
+    tap and af_xdp drivers (dpdk-dev)";
 
 /// Which parts are wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,7 +53,7 @@ pub fn run(parts: Parts) -> Result<Artefacts> {
 
     if let Ok(found) = Artefacts::in_dir(&dir)
         && guest::is_current(&found.initramfs)
-        && (parts == Parts::Guest || (found.testpmd.is_some() && has_dpdk_drivers()))
+        && (parts == Parts::Guest || found.testpmd.is_some() && has_dpdk_drivers() && has_bpftool())
     {
         println!("setup: the lab in {} is complete", dir.display());
         return Ok(found);
@@ -68,6 +68,9 @@ pub fn run(parts: Parts) -> Result<Artefacts> {
     })?;
 
     step("iproute2", || ensure_ip(&apt))?;
+    if parts == Parts::All && !has_bpftool() {
+        step("bpftool", || apt.install(&["bpftool"]))?;
+    }
     let (qemu, qemu_data) = step("QEMU", || ensure_qemu(&apt, &dir))?;
     let testpmd = match parts {
         Parts::All => Some(step("DPDK", || ensure_dpdk(&apt))?),
@@ -107,6 +110,10 @@ fn ensure_ip(apt: &Apt) -> Result<()> {
         apt.install(&["iproute2"])?;
     }
     Ok(())
+}
+
+fn has_bpftool() -> bool {
+    lab::find_in_path("bpftool").is_some()
 }
 
 /// Finds or fetches QEMU; returns the program and the folders that `-L` must name.

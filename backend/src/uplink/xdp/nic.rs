@@ -8,9 +8,9 @@
 use super::error::XdpError;
 use super::inbox::{Inbox, Reader};
 use super::interface::Interface;
-use super::nic_queue::{Lane, Made, NicQueue, make_queues};
+use super::nic_queue::{Lane, Made, Members, NicQueue, make_queues};
 use super::program::{Mode, Options, SLOTS_MAX, XdpProgram, unload};
-use super::socket::{Losses, Socket, ZeroCopy};
+use super::socket::{Losses, ZeroCopy};
 use super::switch::{Learned, Link, Mac, Rules, Table};
 use super::topology::Topology;
 use super::umem::{LINK_BYTES, MTU_MAX, frame_size};
@@ -98,8 +98,8 @@ pub struct Nic {
     pub mtu: u16,
     program: XdpProgram,
     queues: Vec<Arc<NicQueue>>,
-    /// Sockets by port, NIC queue and place in the steering, with their pairs.
-    sockets: Vec<Vec<Vec<(u32, Arc<Socket>)>>>,
+    /// By port and NIC queue.
+    sockets: Vec<Vec<Members>>,
     table: RwLock<Table>,
     /// Changes of the steering take turns.
     steering: Mutex<()>,

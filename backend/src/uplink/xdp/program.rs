@@ -19,9 +19,12 @@ mod pins;
 #[cfg(test)]
 mod tests;
 
+#[cfg(test)]
+pub(crate) use attach::OBJECT;
 pub use error::ProgramError;
 pub use pins::{Pinned, list, unload};
 
+use crate::bpf::io_error;
 use crate::bpf::sys::Link;
 use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray, XskMap};
 use ebpf_common::xdp::{Config, MacKey, NO_PORT, PORTS_MAX, PortStats, QUEUES_MAX, Stats, Steer};
@@ -226,24 +229,4 @@ fn absent_is_fine(result: Result<(), MapError>) -> io::Result<()> {
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
         other => other,
     }
-}
-
-/// What the kernel said, out of aya's errors.
-fn io_error(error: impl std::error::Error + Send + Sync + 'static) -> io::Error {
-    match os_error(&error) {
-        Some(code) => io::Error::from_raw_os_error(code),
-        None => io::Error::other(error),
-    }
-}
-
-/// The system's error number at the bottom of an error.
-fn os_error(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        if let Some(code) = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
-            return Some(code);
-        }
-        next = error.source();
-    }
-    None
 }

@@ -9,11 +9,11 @@
 //! ```
 #![forbid(unsafe_code)]
 
-use super::pins::{MAPS, Pins, Previous, lock};
-use super::{Maps, Mode, Options, ProgramError, Sizes, XdpProgram, io_error, os_error};
+use super::pins::{MAPS, Pins, Previous, list, lock};
+use super::{Maps, Mode, Options, ProgramError, Sizes, XdpProgram};
 use crate::bpf::netlink::{self, Attached, XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE};
 use crate::bpf::sys::Link;
-use crate::bpf::{Owner, ensure_bpf_fs};
+use crate::bpf::{Owner, ensure_bpf_fs, io_error, os_error};
 use aya::maps::{HashMap, Map, MapData, MapError};
 use aya::programs::{Program, ProgramInfo, Xdp, loaded_programs};
 use aya::{Ebpf, EbpfLoader};
@@ -23,7 +23,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Mutex;
 
-static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../../bpf/xdp.o");
+pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../../bpf/xdp.o");
 pub(super) const PROGRAM: &str = "vun_xdp";
 
 pub(super) fn attach(options: &Options) -> Result<XdpProgram, ProgramError> {
@@ -71,6 +71,18 @@ fn is_on(link: &Link, index: u32, attached: Attached) -> bool {
 /// Takes away somebody else's program, or says whose it is.
 fn make_room(options: &Options, (id, mode, flag): (u32, &'static str, u32)) -> Result<(), ProgramError> {
     let interface = options.interface.clone();
+    let failed = |what, error| ProgramError::call(&interface, what, error);
+    // Ours, if the interface was renamed.
+    if let Some(renamed) = list().into_iter().find(|pinned| pinned.program == Some(id)) {
+        if let Some(owner) = renamed.owner {
+            return Err(ProgramError::Served(interface, owner.pid));
+        }
+        tracing::info!(
+            "xdp:{interface}: what was pinned when it was called {} is removed",
+            renamed.interface
+        );
+        return Pins::of(&renamed.interface).remove().map(drop).map_err(|e| failed("removing old pins", e));
+    }
     let name = loaded_programs().flatten().find(|program| program.id() == id);
     let name = match name.as_ref().and_then(|program| program.name_as_str()) {
         None | Some("") => "without a name".to_owned(),
@@ -80,12 +92,12 @@ fn make_room(options: &Options, (id, mode, flag): (u32, &'static str, u32)) -> R
         return Err(ProgramError::Foreign { interface, id, name, mode });
     }
     tracing::warn!("xdp:{interface}: program {id}, {name}, {mode} mode, is replaced");
-    match Link::of_interface(options.index) {
+    match Link::of_program(id, options.index) {
         Ok(Some(link)) => link.detach(),
         Ok(None) => netlink::detach(options.index, flag),
         Err(error) => Err(error),
     }
-    .map_err(|error| ProgramError::call(&interface, "detaching the other program", error))
+    .map_err(|error| failed("detaching the other program", error))
 }
 
 /// Loads the program and puts it to work.
