@@ -26,27 +26,38 @@ pub fn pin_and_die_with_parent(command: &mut Command, cpu: Option<usize>) {
     unsafe { command.pre_exec(hook) };
 }
 
-/// The calling thread comes before all ordinary ones, until this is dropped.
-pub struct RealTime(());
+/// Above those who run a whole comparison in a real-time class.
+const PRIORITY: i32 = 10;
+
+/// The calling thread comes before others, until this is dropped.
+pub struct RealTime {
+    before: (i32, libc::sched_param),
+}
 
 impl RealTime {
     /// From now on.
     pub fn enter() -> Result<Self> {
-        schedule(libc::SCHED_FIFO, 1).context("SCHED_FIFO (needs CAP_SYS_NICE)")?;
-        Ok(Self(()))
+        let mut parameter = libc::sched_param { sched_priority: 0 };
+        // SAFETY: both calls write at most the parameter, which outlives them; 0 is the calling thread.
+        let policy = unsafe {
+            libc::sched_getparam(0, &raw mut parameter);
+            libc::sched_getscheduler(0)
+        };
+        schedule(libc::SCHED_FIFO, &libc::sched_param { sched_priority: PRIORITY })
+            .context("SCHED_FIFO (needs CAP_SYS_NICE)")?;
+        Ok(Self { before: (policy, parameter) })
     }
 }
 
 impl Drop for RealTime {
     fn drop(&mut self) {
-        let _ = schedule(libc::SCHED_OTHER, 0);
+        let _ = schedule(self.before.0, &self.before.1);
     }
 }
 
-fn schedule(policy: i32, priority: i32) -> Result<()> {
-    let parameter = libc::sched_param { sched_priority: priority };
+fn schedule(policy: i32, parameter: &libc::sched_param) -> Result<()> {
     // SAFETY: the parameter outlives the call; 0 is the calling thread.
-    let r = unsafe { libc::sched_setscheduler(0, policy, &raw const parameter) };
+    let r = unsafe { libc::sched_setscheduler(0, policy, std::ptr::from_ref(parameter)) };
     ensure!(r == 0, "sched_setscheduler: {}", std::io::Error::last_os_error());
     Ok(())
 }
