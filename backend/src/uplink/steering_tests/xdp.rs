@@ -43,7 +43,7 @@ struct Rig {
     stats: PerCpuArray<MapData, Stats>,
     port_stats: PerCpuArray<MapData, PortStats>,
     socket: OwnedFd,
-    flood: u32,
+    flood: u16,
     /// Slots of queue 0 and 1 with a socket.
     present: [[bool; SLOTS as usize]; QUEUES as usize],
 }
@@ -82,7 +82,7 @@ impl Rig {
         rig
     }
 
-    fn set_flood(&mut self, flood: u32) {
+    fn set_flood(&mut self, flood: u16) {
         self.flood = flood;
         let config = Config {
             layout: LAYOUT,
@@ -92,6 +92,7 @@ impl Rig {
             ports: PORTS,
             slots: SLOTS,
             flood,
+            exact: 1,
         };
         self.config.set(0, config, 0).unwrap();
     }
@@ -273,6 +274,21 @@ fn a_flow_has_one_slot_in_both_directions() {
             assert!(frames.iter().all(|frame| rig.run(frame, 0) == XDP_DROP));
         }
         assert!(shares.iter().all(|share| (70..=130).contains(share)), "{shares:?}");
+    });
+}
+
+#[test]
+fn addresses_for_any_vlan_alone_take_one_look() {
+    in_bpf_namespace("uplink::steering_tests::xdp::addresses_for_any_vlan_alone_take_one_look", || {
+        let mut rig = Rig::new();
+        let config = rig.config.get(&0, 0).unwrap();
+        rig.config.set(0, Config { exact: 0, ..config }, 0).unwrap();
+        // MAC's port for any VLAN has slot 6.
+        rig.set_socket(0, 6, true);
+        for frame in frames::all(MAC, FLOW) {
+            assert_eq!(rig.run(&frame, 0), XDP_REDIRECT);
+        }
+        assert!(frames::all(ORPHAN, FLOW).iter().all(|frame| rig.run(frame, 0) == XDP_PASS));
     });
 }
 

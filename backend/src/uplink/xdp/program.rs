@@ -27,7 +27,7 @@ pub use pins::{Pinned, list, unload};
 use crate::bpf::io_error;
 use crate::bpf::sys::Link;
 use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray, XskMap};
-use ebpf_common::xdp::{Config, MacKey, NO_PORT, PORTS_MAX, PortStats, QUEUES_MAX, Stats, Steer};
+use ebpf_common::xdp::{Config, MacKey, NO_PORT, PORTS_MAX, PortStats, QUEUES_MAX, Stats, Steer, VLAN_ANY};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -149,9 +149,14 @@ impl XdpProgram {
     /// # Errors
     /// No such port, or what the kernel says (E2BIG: too many addresses).
     pub fn set_mac(&self, key: MacKey, port: Option<u32>) -> io::Result<()> {
-        let macs = &mut self.maps().macs;
+        if port.is_some_and(|port| port >= self.sizes.ports) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let Maps { config, macs, .. } = &mut *self.maps();
+        if port.is_some() && key.vlan != VLAN_ANY {
+            look_exactly(config)?;
+        }
         match port {
-            Some(port) if port >= self.sizes.ports => Err(io::ErrorKind::InvalidInput.into()),
             Some(port) => macs.insert(key, port, 0).map_err(io_error),
             None => absent_is_fine(macs.remove(&key)),
         }
@@ -214,6 +219,15 @@ impl Options {
         }
         Err(ProgramError::Sizes(self.interface.clone(), queues, ports, slots))
     }
+}
+
+/// From now on the program looks for addresses in just the VLAN of a frame, too.
+fn look_exactly(config: &mut Array<MapData, Config>) -> io::Result<()> {
+    let present = config.get(&0, 0).map_err(io_error)?;
+    if present.exact == 0 {
+        config.set(0, Config { exact: 1, ..present }, 0).map_err(io_error)?;
+    }
+    Ok(())
 }
 
 /// Where in a table of `columns` for each of `rows` an entry is.

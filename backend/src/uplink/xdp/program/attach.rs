@@ -18,7 +18,7 @@ use aya::maps::{HashMap, Map, MapData, MapError};
 use aya::programs::{Program, ProgramInfo, Xdp, loaded_programs};
 use aya::{Ebpf, EbpfLoader};
 use ebpf_common::LAYOUT;
-use ebpf_common::xdp::{Config, MacKey, NO_PORT, Steer};
+use ebpf_common::xdp::{Config, MacKey, NO_PORT, Steer, VLAN_ANY};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Mutex;
@@ -123,7 +123,10 @@ fn install(
         maps.copy_addresses(pins);
         Ok(())
     }
-    .and_then(|()| maps.config.set(0, config(options), 0))
+    .and_then(|()| {
+        let config = config(options, &maps);
+        maps.config.set(0, config, 0)
+    })
     .map_err(|error| call("writing maps", io_error(error)))?;
 
     let program: &Xdp = program(&ebpf).map_err(|error| call("opening the program", error))?;
@@ -152,10 +155,11 @@ fn install(
     Ok(XdpProgram { mode, was_pinned: previous.is_some(), maps: Mutex::new(maps), sizes, _link: link })
 }
 
-fn config(options: &Options) -> Config {
+fn config(options: &Options, maps: &Maps) -> Config {
     let Options { queues, ports, slots, flood, .. } = *options;
     let Owner { pid, start_time } = Owner::this();
-    Config { layout: LAYOUT, pid, start_time, queues, ports, slots, flood: flood.into() }
+    let exact = maps.macs.keys().flatten().any(|key| key.vlan != VLAN_ANY);
+    Config { layout: LAYOUT, pid, start_time, queues, ports, slots, flood: flood.into(), exact: exact.into() }
 }
 
 /// Loads the object, with maps of its own or with those that are pinned.
