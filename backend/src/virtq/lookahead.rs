@@ -43,14 +43,14 @@ impl SplitQueue {
         if self.refill().is_err() {
             return;
         }
-        let waiting = self.avail_cached.wrapping_sub(self.next_avail).min(chains_max);
+        let waiting = self.avail_cached.get().wrapping_sub(self.next_avail.get()).min(chains_max);
         let Ok(ring) = self.ring.access() else { return };
         let mut segments = 0;
         for ahead in 0..waiting {
             if segments >= SEGMENTS_MAX {
                 return;
             }
-            let head = ring.avail_head(self.next_avail.wrapping_add(ahead));
+            let head = ring.avail_head(self.next_avail.get().wrapping_add(ahead));
             let Some(first) = ring.descriptor(head) else { return };
             match chain.walk(ring, mem, self.config.indirect, head, first) {
                 Ok(()) => {
