@@ -6,6 +6,7 @@
 use super::{Answer, Call, Fault, Todo};
 use crate::session::Session;
 use crate::session::error::{Matter, Refusal, SessionError};
+use crate::session::message::RequestId;
 use crate::session::postcopy::{Phase, Step};
 
 /// Asks for a userfaultfd. Comes again for each pair; QEMU keeps the last one, so all are the same.
@@ -52,6 +53,15 @@ pub(in crate::session) fn end<F: 'static>(
 /// Whether a memory message is QEMU's acknowledgement in postcopy: 8 bytes without fds.
 pub(in crate::session) fn is_acknowledgement<F: 'static>(session: &Session<F>, call: &Call<F>) -> bool {
     session.postcopy.is_on() && call.payload.len() == size_of::<u64>() && call.fds.is_empty()
+}
+
+/// How a message is answered that is not obeyed: the sender of memory waits for an answer in postcopy, whatever it says.
+pub(in crate::session) fn answer_to_refused<F: 'static>(session: &Session<F>, call: &Call<F>) -> Answer {
+    let memory = [RequestId::SetMemTable, RequestId::AddMemReg].iter().any(|id| *id as u32 == call.request);
+    match memory && !is_acknowledgement(session, call) {
+        true => session.postcopy.answer_to_memory(),
+        false => Answer::Ack,
+    }
 }
 
 /// The front-end has taken our addresses in. QEMU says it by the number of the last memory message: SET_MEM_TABLE,
