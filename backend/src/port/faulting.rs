@@ -4,6 +4,7 @@
 
 use super::control::Control;
 use super::helper::Job;
+use super::postcopy::Waiting;
 use super::token::{ControlToken, PortOp};
 use crate::memory::MissingRange;
 use crate::postcopy::engine::{Completed, RegionId};
@@ -45,8 +46,11 @@ impl Control {
             return;
         }
         let ring = (key.pair, direction == Direction::Receive);
-        if let Some(range) = parked {
-            port.postcopy.parked.entry(ring).or_insert((range, Instant::now())).0 = range;
+        let blind = ranges.iter().find(|(_, purpose)| *purpose != Purpose::Buffer).map(|(range, _)| *range);
+        if let Some(range) = parked.or(blind) {
+            let since = port.postcopy.waiting.get(&ring).filter(|waiting| waiting.parked);
+            let since = since.map_or_else(Instant::now, |waiting| waiting.since);
+            port.postcopy.waiting.insert(ring, Waiting { range, since, parked: parked.is_some() });
         }
         for (range, _purpose) in ranges {
             let Some((mapping, offset)) = port.memory.locate(range.gpa) else { continue };
@@ -130,7 +134,7 @@ impl Control {
         let port = &mut self.ports[id];
         let memory = &port.memory;
         let mut awake = Vec::new();
-        port.postcopy.parked.retain(|(pair, _), (range, _)| {
+        port.postcopy.waiting.retain(|(pair, _), Waiting { range, .. }| {
             let mut missing = false;
             // The first page: a ring that still lacks others parks again, and tells which.
             memory.for_each_missing(range.gpa, 1, |_| missing = true);
@@ -148,7 +152,7 @@ impl Control {
     pub(super) fn look_again(&mut self, id: usize) {
         let port = &mut self.ports[id];
         port.postcopy.looks_again = false;
-        let mut pairs: Vec<u16> = port.postcopy.parked.drain().map(|((pair, _), _)| pair).collect();
+        let mut pairs: Vec<u16> = port.postcopy.waiting.drain().map(|((pair, _), _)| pair).collect();
         pairs.dedup();
         let port = port.id;
         self.commands.extend(pairs.into_iter().map(|pair| (PairKey { port, pair }, Command::Arrived)));
@@ -199,7 +203,7 @@ impl Control {
     pub(super) fn scan_later<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>, id: usize) {
         let token = self.token(id, PortOp::Scan);
         let postcopy = &mut self.ports[id].postcopy;
-        if postcopy.armed && !postcopy.scanning && !postcopy.parked.is_empty() {
+        if postcopy.armed && !postcopy.scanning && !postcopy.waiting.is_empty() {
             postcopy.scanning = true;
             reactor.timer(SCAN_PAUSE, token.into());
         }
@@ -207,7 +211,7 @@ impl Control {
 
     /// Time to look, if anybody waits.
     pub(super) fn scan(&mut self, id: usize) {
-        if self.ports[id].postcopy.parked.is_empty() {
+        if self.ports[id].postcopy.waiting.is_empty() {
             self.ports[id].postcopy.scanning = false;
         } else {
             self.scan_all(id);

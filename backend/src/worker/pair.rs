@@ -159,8 +159,10 @@ impl Pair {
             }
             Command::Arrived => {
                 for half in [&mut self.rx, &mut self.tx] {
-                    if let Some(ring) = half.ring.as_mut().filter(|ring| ring.parked.is_some()) {
-                        ring.look_again();
+                    match &mut half.ring {
+                        Some(ring) if ring.parked.is_some() => ring.look_again(),
+                        Some(ring) => ring.look_ahead |= ring.blind,
+                        None => {}
                     }
                 }
             }
@@ -231,6 +233,7 @@ impl Pair {
             listening: false,
             parked: None,
             look_ahead: true,
+            blind: false,
         });
         self.rearm_kick(reactor, direction);
         self.uplink_down &= direction == Direction::Transmit;
