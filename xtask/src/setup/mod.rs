@@ -5,7 +5,7 @@
 //! [`lab::Artefacts`] reads.
 #![forbid(unsafe_code)]
 
-mod apt;
+pub mod apt;
 mod cpio;
 mod guest;
 
