@@ -9,7 +9,8 @@
 //!
 //! **What a stall is.** One page fault on missing memory, however often its thread was woken in vain and slept again; its
 //! length is the time spent asleep. A stall is counted when its thread first wakes. If the same fault then sleeps on, the
-//! histogram is corrected (the stall moves to a longer bucket, it is not counted again), and another event tells.
+//! histogram is corrected (the stall moves to a longer bucket, it is not counted again), and another event tells. (Where
+//! the faulting address cannot be had, each sleep is a stall.)
 
 use crate::plain;
 

@@ -21,7 +21,8 @@ use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::btf_maps::lpm_trie::Key as Prefix;
 use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, RingBuf};
 use aya_ebpf::helpers::{
-    bpf_get_current_pid_tgid, bpf_get_current_task_btf, bpf_get_stack, bpf_ktime_get_ns, bpf_probe_read_kernel,
+    bpf_get_current_pid_tgid, bpf_get_current_task_btf, bpf_get_stack, bpf_ktime_get_ns,
+    bpf_probe_read_kernel,
 };
 use aya_ebpf::macros::{btf_map, btf_tracepoint, fentry, fexit};
 use aya_ebpf::programs::{BtfTracePointContext, FEntryContext, FExitContext};
@@ -126,9 +127,8 @@ fn faults_enter(ctx: FEntryContext) -> i32 {
     if (id >> 32) as u32 == kernel!(tgid) {
         let fault: *const u8 = ctx.arg(0);
         // SAFETY: the function's first argument is a struct vm_fault, and the helper returns the current task.
-        let (address, task) = unsafe {
-            (field::<u64>(fault, kernel!(fault_address)), bpf_get_current_task_btf() as *const u8)
-        };
+        let (address, task) =
+            unsafe { (field::<u64>(fault, kernel!(fault_address)), bpf_get_current_task_btf() as *const u8) };
         fall_asleep(task, id as u32, address, source::ADDRESS);
     }
     0
@@ -157,14 +157,14 @@ fn faults_switch(ctx: BtfTracePointContext) -> i32 {
             && let Some(frame) = waiting_frame(&ctx)
         {
             let tid = field::<u32>(previous, kernel!(task_pid));
-            let address = address_on_stack(&ctx, frame, previous as u64);
-            match address {
-                Some(address) => fall_asleep(previous, tid, address, source::ADDRESS),
+            let (address, from) = match address_on_stack(&ctx, frame, previous as u64) {
+                Some(address) => (address, source::ADDRESS),
                 None => match requested_address(previous) {
-                    Some(address) => fall_asleep(previous, tid, address, source::REQUEST),
-                    None => fall_asleep(previous, tid, 0, source::NONE),
+                    Some(address) => (address, source::REQUEST),
+                    None => (0, source::NONE),
                 },
-            }
+            };
+            fall_asleep(previous, tid, address, from);
         }
         if field::<u32>(next, kernel!(task_tgid)) == kernel!(tgid) {
             wake(field::<u32>(next, kernel!(task_pid)), true);
@@ -204,7 +204,9 @@ fn address_on_stack(ctx: &BtfTracePointContext, frame: u64, task: u64) -> Option
             let value = bpf_probe_read_kernel(at).ok()?;
             inside |= value == frame;
             if inside && value == kernel!(wake_function) {
-                let back = |bytes: u32| bpf_probe_read_kernel(at.cast::<u8>().wrapping_sub(bytes as usize).cast::<u64>());
+                let back = |bytes: u32| {
+                    bpf_probe_read_kernel(at.cast::<u8>().wrapping_sub(bytes as usize).cast::<u64>())
+                };
                 if back(kernel!(waiter_task)) == Ok(task) {
                     return back(kernel!(waiter_address)).ok();
                 }
@@ -246,8 +248,9 @@ fn fall_asleep(task: *const u8, tid: u32, address: u64, from: u32) {
     if let Some(stall) = fault_stalls.get_ptr_mut(tid) {
         // SAFETY: an entry of the map; only its own thread's events write to it.
         let stall = unsafe { &mut *stall };
-        if stall.completed == completed && stall.address == address && stall.part != 0 {
-            // The kernel counts a fault when it is complete: this is still the one before.
+        // The kernel counts a fault when it is complete: this is still the one before. Populates are not counted at all,
+        // so where the address is not the very page's, each sleep is taken for a stall of its own.
+        if stall.completed == completed && stall.address == address && from == source::ADDRESS {
             if stall.since_ns == 0 {
                 stall.part += 1;
                 stall.since_ns = now;
@@ -261,7 +264,7 @@ fn fall_asleep(task: *const u8, tid: u32, address: u64, from: u32) {
         Some(area) if address != 0 => (*area, source::NOTE),
         _ => match fault_areas.get(&Prefix::new(BITS, address.to_be_bytes())) {
             Some(area) => (*area, from),
-            None => (NOWHERE, if from == source::REQUEST { from } else if address == 0 { source::NONE } else { from }),
+            None => (NOWHERE, from),
         },
     };
     let context = if flags & IO_WORKER != 0 {
@@ -336,7 +339,9 @@ fn wake(tid: u32, has_slept: bool) {
         None => {
             if let Some(meta) = fault_meta.get_ptr_mut(0) {
                 // SAFETY: in bounds of the entry.
-                unsafe { asm!("lock *(u32 *)({p} + 0) += {n}", p = in(reg) &raw mut (*meta).events_lost, n = in(reg) 1_u64) };
+                unsafe {
+                    asm!("lock *(u32 *)({p} + 0) += {n}", p = in(reg) &raw mut (*meta).events_lost, n = in(reg) 1_u64)
+                };
             }
         }
     }
