@@ -16,12 +16,15 @@
 //! | `virtio_user` | the same with DPDK's driver as the guest |
 //! | `wire` | numbered frames, put on a tap and captured from it |
 //! | `bed` | the usual arrangements of all these |
+//! | [`cpio`] | an initramfs |
+//! | [`stalls`] | page faults of known length, and what was measured of them |
 //! | [`rawfront`] | a front-end that can do anything wrong, and a small driver that does it right |
 #![deny(missing_docs)]
 
 mod artefacts;
 mod backend;
 mod bed;
+pub mod cpio;
 mod migration;
 mod netns;
 mod ping;
@@ -32,6 +35,7 @@ pub mod rawfront;
 mod scenario;
 mod serial;
 mod sniff;
+pub mod stalls;
 mod testpmd;
 mod transfer;
 mod virtio_user;
