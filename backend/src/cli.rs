@@ -4,7 +4,7 @@
 //! `config.rs`; running a command is the daemon's work.
 #![forbid(unsafe_code)]
 
-use crate::config::{self, Config, ConfigError, PortConfig, Problem, UplinkSpec};
+use crate::config::{self, Config, ConfigError, FaultLatency, PortConfig, Problem, UplinkSpec};
 use clap::Parser;
 use std::ffi::OsString;
 use std::os::fd::RawFd;
@@ -67,6 +67,14 @@ struct Options {
     /// Do not offer this vhost-user protocol feature, such as configure-mem-slots; can be repeated
     #[arg(long, value_name = "FEATURE", value_parser = config::protocol_feature)]
     disable_protocol_feature: Vec<u64>,
+
+    /// The name under which `vhost-user-net faults` finds this process [default: the file's or the port's]
+    #[arg(long, value_name = "NAME", value_parser = config::instance)]
+    instance: Option<String>,
+
+    /// Measure stalls on missing guest memory: auto (where that costs nothing otherwise, else during migrations), on, off
+    #[arg(long, value_name = "WHEN", value_parser = str::parse::<FaultLatency>)]
+    fault_latency: Option<FaultLatency>,
 
     /// Log level or filter; goes before RUST_LOG [default: info]
     #[arg(long, value_name = "LEVEL", value_parser = config::log_filter)]
@@ -156,6 +164,8 @@ where
             // What is about the process may be overridden for one run.
             config.workers = options.workers.unwrap_or(config.workers);
             config.log = options.log.or(config.log);
+            config.instance = options.instance.unwrap_or(config.instance);
+            config.fault_latency = options.fault_latency.unwrap_or(config.fault_latency);
             config
         }
         None => single_port(options)?,
@@ -236,7 +246,13 @@ fn single_port(options: Options) -> Result<Config, Problem> {
     config::check_port(&port)?;
     let ports = vec![port];
     config::check_ports(&ports).map_err(|(_, problem)| problem)?;
-    Ok(Config { workers: options.workers.unwrap_or(1), log: options.log, ports })
+    Ok(Config {
+        workers: options.workers.unwrap_or(1),
+        log: options.log,
+        instance: options.instance.unwrap_or_else(|| config::default_instance(&ports[0].name)),
+        fault_latency: options.fault_latency.unwrap_or_default(),
+        ports,
+    })
 }
 
 fn number(text: &str) -> Result<i64, Problem> {

@@ -7,6 +7,7 @@
 use crate::config::{Config, PortConfig, UplinkSpec};
 use crate::memory::sigbus::MAX_LIVE_MAPPINGS;
 use crate::net::counters::PairCounters;
+use crate::observe::{self, Observer};
 use crate::port::connection::{Endpoint, EndpointError};
 use crate::port::control::{Control, ControlToken};
 use crate::port::helper::Helper;
@@ -147,9 +148,17 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
         tracing::info!(port = port.name, "{}, uplink {}", port.endpoint, uplink.describe());
         ports.push(Port::new(id, port, uplink, counters, endpoint, mem_slots));
     }
+    let settings = observe::Settings {
+        instance: config.instance,
+        latency: config.fault_latency,
+        ports: ports.iter().map(|port| port.name().to_owned()).collect(),
+    };
+    let observer =
+        Observer::start(settings).map_err(|error| DaemonError::System("observer thread", error))?;
+    observer.handle().register_worker(0);
     let mut workers = Vec::new();
     for index in 1..config.workers {
-        workers.push(spawn(index, mailbox.postbox())?);
+        workers.push(spawn(index, mailbox.postbox(), observer.handle())?);
     }
     for attachment in attachments {
         match worker_of(&workers, attachment.key) {
@@ -158,7 +167,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
         }
     }
     let helper = Helper::start().map_err(|error| DaemonError::System("control helper thread", error))?;
-    let mut control = Control::new(ports, helper);
+    let mut control = Control::new(ports, helper, observer);
     control.start(&mut reactor);
     tracing::info!("listening for front-ends");
     let served = serve(&mut reactor, &mailbox, &mut datapath, &mut control, &workers, &signals);
@@ -224,6 +233,7 @@ fn serve(
         }
         busy = datapath.round(reactor);
         busy |= exchange(reactor, datapath, control, workers);
+        busy |= control.hear_stalls();
         if control.ended() {
             return Ok(());
         }

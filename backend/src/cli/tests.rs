@@ -31,7 +31,14 @@ fn one_port_from_options() {
         mac: Some([0x52, 0x54, 0, 0x12, 0x34, 0x56]),
         disabled_protocol_features: 1 << 2 | 1 << 4,
     };
-    assert_eq!(config, Config { workers: 2, log: Some("debug".into()), ports: vec![port] });
+    let expected = Config {
+        workers: 2,
+        log: Some("debug".into()),
+        instance: "vm1".into(),
+        fault_latency: FaultLatency::Auto,
+        ports: vec![port],
+    };
+    assert_eq!(config, expected);
 }
 
 #[test]

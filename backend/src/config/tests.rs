@@ -62,7 +62,7 @@ fn full_file() {
         disabled_protocol_features: 0,
     };
     let log = Some("warn,vhost_user_net=debug".into());
-    assert_eq!(config, Config { workers: 3, log, ports: vec![first, second, third] });
+    assert_eq!(config, Config { workers: 3, log, instance: "f".into(), fault_latency: super::FaultLatency::Auto, ports: vec![first, second, third] });
 }
 
 #[test]

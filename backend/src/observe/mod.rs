@@ -1,5 +1,12 @@
 //! What an operator sees of the program: how long it stood still for missing guest memory, and points to trace it at.
-#![forbid(unsafe_code)]
+//!
+//! ```text
+//!  ports, workers ─► Handle ─► observer thread ─► load: programs in the kernel, maps pinned by `pins`
+//!                                                          │ fault_events          │ fault_hist …
+//!                     loop: totals, log lines ◄─ events ◄──┘                       └─► read ─► `vhost-user-net faults`
+//! ```
+//! Here: everything about measuring and showing. Not here: the programs themselves (`ebpf/programs/src/bin/faults.rs`)
+//! and what their maps hold (`ebpf/common/src/faults.rs`).
 
 pub mod areas;
 mod btf;
@@ -7,8 +14,11 @@ mod error;
 pub mod events;
 pub mod kernel;
 pub mod load;
+mod observer;
 pub mod pins;
 pub mod read;
 mod rights;
+mod trim;
 
 pub use error::Unavailable;
+pub use observer::{Answer, Handle, Observer, Settings};

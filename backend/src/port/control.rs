@@ -7,7 +7,9 @@
 use super::Port;
 use super::connection::{Connection, Endpoint, client_socket};
 use super::helper::{Helper, Job, JobDone};
+use super::observed::Observation;
 use super::plan::{Purpose, Step as PlanStep};
+use crate::observe::Observer;
 use crate::reactor::message::{RECV_FDS, UnixAddress};
 use crate::reactor::{Done, Reactor, crowd};
 use crate::session::{Outcome, Step};
@@ -26,6 +28,10 @@ pub enum ControlToken {
     Signal,
     /// The helper's bell.
     Helper,
+    /// The observer's bell.
+    Observer,
+    /// Stalls have ended.
+    Stalls,
     /// An operation of a port; `epoch` tells earlier connections apart.
     Port {
         /// Which port.
@@ -58,19 +64,25 @@ pub struct Control {
     helper: Helper,
     epochs: Vec<u32>,
     commands: Vec<(PairKey, Command)>,
+    observation: Observation,
     ended: bool,
 }
 
 impl Control {
-    /// Control over these ports; `helper` does what may sleep.
-    pub fn new(ports: Vec<Port>, helper: Helper) -> Self {
+    /// Control over these ports; `helper` does what may sleep, `observer` measures.
+    pub fn new(mut ports: Vec<Port>, helper: Helper, observer: Observer) -> Self {
         let epochs = vec![0; ports.len()];
-        Self { ports, helper, epochs, commands: Vec::new(), ended: false }
+        for port in &mut ports {
+            port.observer = observer.handle();
+        }
+        let observation = Observation::new(observer);
+        Self { ports, helper, epochs, commands: Vec::new(), observation, ended: false }
     }
 
     /// Starts listening, connecting and hearing.
     pub fn start<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>) {
         reactor.poll(self.helper.bell(), libc::POLLIN, ControlToken::Helper.into());
+        self.observation.start(reactor);
         for port in 0..self.ports.len() {
             self.await_front_end(reactor, port);
         }
@@ -91,6 +103,12 @@ impl Control {
         for port in &self.ports {
             tracing::info!(port = port.name(), "{}", port.summary());
         }
+        self.observation.log();
+    }
+
+    /// Hears of stalls that have ended. True if more are left for the next turn.
+    pub fn hear_stalls(&mut self) -> bool {
+        self.observation.hear(&mut self.ports)
     }
 
     fn token(&self, port: usize, what: PortOp) -> ControlToken {
@@ -174,6 +192,7 @@ impl Control {
         match token {
             ControlToken::Signal => {}
             ControlToken::Helper => self.helper_answered(reactor, &done),
+            ControlToken::Observer | ControlToken::Stalls => self.observation.completion(reactor, token, &done),
             ControlToken::Port { port, epoch, what } => {
                 if self.epochs.get(usize::from(port)) == Some(&epoch) {
                     self.port_completion(reactor, usize::from(port), what, done);

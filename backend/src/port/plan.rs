@@ -109,9 +109,11 @@ impl Port {
             Effect::StartRing { index, config, kick } => self.start_ring(index, config, kick)?,
             Effect::UpdateRing { index, config } => {
                 let (direction, config) = (Direction::of_ring(index), queue_config(&config));
+                self.place_ring(index, Some(config));
                 self.tell_pair(index, Command::Update { direction, config });
             }
             Effect::StopRing { index } => {
+                self.place_ring(index, None);
                 self.tell_pair(index, Command::Stop { direction: Direction::of_ring(index) });
                 self.steer(index, false);
             }
@@ -164,6 +166,7 @@ impl Port {
 
     fn replace_memory(&mut self, memory: GuestMemory) {
         let old = std::mem::replace(&mut self.memory, memory);
+        self.show_memory();
         // Front of the line: pairs first move to the new memory, then the old one may go.
         self.plan.steps.push_front(release(old));
         let share = self.share_memory();
@@ -230,6 +233,7 @@ impl Port {
         self.steer(index, enabled);
         self.plan.starting = Some(index);
         let config = queue_config(&config);
+        self.place_ring(index, Some(config));
         self.tell_pair(index, Command::Start { direction, config, kick, enabled });
         Ok(())
     }
@@ -321,6 +325,8 @@ impl Port {
         self.configure(0);
         self.check_log();
         let memory = std::mem::replace(&mut self.memory, GuestMemory::empty());
+        self.rings.fill(None);
+        self.show_memory();
         let log = self.log.take();
         self.log_on = false;
         self.push(release((memory, log)));

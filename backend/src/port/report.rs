@@ -50,6 +50,9 @@ impl Port {
                 words.push(format!("{name}={n}"));
             }
         }
+        if self.stalls.stalls > 0 {
+            words.push(self.stalls.to_string());
+        }
         if words.is_empty() { "no packets".into() } else { words.join(" ") }
     }
 }
