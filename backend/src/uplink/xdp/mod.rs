@@ -1,0 +1,3 @@
+//! The AF_XDP uplink.
+
+pub mod program;
