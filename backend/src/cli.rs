@@ -5,11 +5,14 @@
 #![forbid(unsafe_code)]
 
 use crate::config::{self, Config, ConfigError, FaultLatency, PortConfig, Problem, UplinkSpec};
+use crate::observe::command::{Faults, Unload};
 use clap::Parser;
+use commands::Sub;
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+mod commands;
 #[cfg(test)]
 mod tests;
 
@@ -21,13 +24,18 @@ Examples:
   vhost-user-net --socket-path /run/vm1.sock --uplink tap:vm1,up
   vhost-user-net --socket-path /run/qemu.sock --client --uplink tap-fd:3
   vhost-user-net --config /etc/vhost-user-net.toml --check-config
+  vhost-user-net faults --watch
 
 The log goes to stderr; SIGTERM ends the program cleanly.";
 
 /// A vhost-user network back-end whose event loop never blocks.
 #[derive(Debug, Parser)]
-#[command(name = "vhost-user-net", version, after_help = EXAMPLES)]
+#[command(name = "vhost-user-net", version, after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
+#[command(disable_help_subcommand = true)]
 struct Options {
+    #[command(subcommand)]
+    command: Option<Sub>,
+
     /// Listen for the front-end at this Unix socket
     #[arg(long, value_name = "PATH", value_parser = |s: &str| config::socket_path(s.as_ref()))]
     socket_path: Option<PathBuf>,
@@ -104,6 +112,10 @@ pub enum Command {
     PrintCapabilities,
     /// Print [`summary`]; everything was found to be right.
     CheckConfig(Config),
+    /// Show what an instance has measured.
+    Faults(Faults),
+    /// Remove what a killed process has left.
+    Unload(Unload),
 }
 
 /// Why there is no [`Command`].
@@ -157,6 +169,9 @@ where
         return Ok(Command::PrintCapabilities);
     }
     let mut options = Options::try_parse_from(args)?;
+    if let Some(sub) = options.command.take() {
+        return Ok(sub.into());
+    }
     let check = options.check_config;
     let config = match options.config.take() {
         Some(file) => {

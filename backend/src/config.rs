@@ -244,8 +244,11 @@ pub enum Problem {
     #[error("fd {0} is given both as control socket and as tap, give two different ones")]
     FdTwice(RawFd),
     /// A name that the BPF file system could not carry.
-    #[error("instance '{0}' is not usable, take 1 to {MAX_NAME_LEN} of the characters A-Z a-z 0-9 _ -")]
+    #[error("instance '{0}' is not usable, take 1 to {MAX_NAME_LEN} of the characters A-Z a-z 0-9 _ - and not xdp- first")]
     Instance(String),
+    /// No interval to watch at.
+    #[error("'{0}' is no interval, give seconds from 0.1 to 86400")]
+    Interval(String),
     /// Neither auto, on nor off.
     #[error("fault-latency is '{0}', choose auto, on or off")]
     FaultLatency(String),
@@ -379,16 +382,20 @@ fn is_instance_letter(c: char) -> bool {
     c.is_ascii_alphanumeric() || c == '_' || c == '-'
 }
 
+/// Folders with this beginning are interfaces'.
+const INTERFACE_PINS: &str = "xdp-";
+
 /// A name for an instance that was given none, from that of its configuration file or its port.
 pub(crate) fn default_instance(from: &str) -> String {
     let letter = |c: char| if is_instance_letter(c) { c } else { '_' };
     let name: String = from.chars().map(letter).take(MAX_NAME_LEN).collect();
-    if name.is_empty() { "vhost-user-net".to_owned() } else { name }
+    if instance(&name).is_ok() { name } else { "vhost-user-net".to_owned() }
 }
 
 /// Checks an instance's name.
 pub fn instance(text: &str) -> Result<String, Problem> {
-    if text.is_empty() || text.len() > MAX_NAME_LEN || !text.chars().all(is_instance_letter) {
+    let is_name = (1..=MAX_NAME_LEN).contains(&text.len()) && text.chars().all(is_instance_letter);
+    if !is_name || text.starts_with(INTERFACE_PINS) {
         return Err(Problem::Instance(text.to_owned()));
     }
     Ok(text.to_owned())

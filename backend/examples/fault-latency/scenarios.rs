@@ -243,8 +243,7 @@ impl Bed {
 
 /// What has changed in a histogram.
 fn change(key: &Key, before: Option<&Hist>, after: &Hist, ports: &std::collections::BTreeMap<u32, String>) -> Value {
-    let zero = Hist { slots: [0; ebpf_common::faults::SLOTS], count: 0, sum_ns: 0, max_ns: 0 };
-    let before = before.unwrap_or(&zero);
+    let before = before.unwrap_or(&Hist::EMPTY);
     let slots: Vec<Value> = (0..)
         .zip(after.slots.iter().zip(&before.slots))
         .filter(|(_, (now, then))| now != then)

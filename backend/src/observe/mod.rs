@@ -10,14 +10,18 @@
 
 pub mod areas;
 mod btf;
+pub mod command;
 mod error;
 pub mod events;
+pub mod hist;
+pub mod json;
 pub mod kernel;
 pub mod load;
 mod observer;
 pub mod pins;
 pub mod read;
 mod rights;
+pub mod show;
 mod trim;
 
 pub use error::Unavailable;

@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 use super::Unavailable;
-use crate::bpf::{self, Owner};
+use crate::bpf::{self, Owner, io_error};
 use aya::maps::{Array, Map, MapData, MapError};
 use ebpf_common::LAYOUT;
 use ebpf_common::faults::Meta;
@@ -53,14 +53,6 @@ pub fn look(dir: &Path) -> io::Result<Option<Found>> {
         Ok(_) | Err(MapError::InvalidValueSize { .. }) => Found::OtherLayout,
         Err(error) => return Err(io_error(error)),
     }))
-}
-
-fn io_error(error: MapError) -> io::Error {
-    match error {
-        MapError::SyscallError(error) => error.io_error,
-        MapError::IoError(error) => error,
-        other => io::Error::other(other.to_string()),
-    }
 }
 
 /// The process that an instance's maps belong to.

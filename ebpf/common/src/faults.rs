@@ -100,6 +100,14 @@ pub struct Hist {
     pub sum_ns: u64,
     /// The longest, ns.
     pub max_ns: u64,
+    /// Stalls by where their kind came from, see [`source`].
+    pub sources: [u64; source::NAMES.len()],
+}
+
+impl Hist {
+    /// No stalls.
+    pub const EMPTY: Self =
+        Self { slots: [0; SLOTS], count: 0, sum_ns: 0, max_ns: 0, sources: [0; source::NAMES.len()] };
 }
 
 /// One stall that has ended, in `fault_events`.

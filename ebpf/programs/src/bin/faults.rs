@@ -61,7 +61,7 @@ static KERNEL: Global<Kernel> = Global::new(Kernel {
 });
 
 /// A histogram to begin with: too large for the stack.
-static EMPTY: Hist = Hist { slots: [0; SLOTS], count: 0, sum_ns: 0, max_ns: 0 };
+static EMPTY: Hist = Hist::EMPTY;
 
 #[btf_map]
 static fault_hist: HashMap<Key, Hist, 64> = HashMap::new();
@@ -313,6 +313,7 @@ fn wake(tid: u32, has_slept: bool) {
         if stall.part == 1 {
             add(hist, SLOTS_AT + 8 * slot(total), 1);
             add(hist, COUNT_AT, 1);
+            add(hist, SOURCES_AT + 8 * (stall.source as usize & 3), 1);
         } else {
             add(hist, SLOTS_AT + 8 * slot(before), u64::MAX);
             add(hist, SLOTS_AT + 8 * slot(total), 1);
@@ -350,6 +351,7 @@ fn wake(tid: u32, has_slept: bool) {
 const SLOTS_AT: usize = core::mem::offset_of!(Hist, slots);
 const COUNT_AT: usize = core::mem::offset_of!(Hist, count);
 const SUM_AT: usize = core::mem::offset_of!(Hist, sum_ns);
+const SOURCES_AT: usize = core::mem::offset_of!(Hist, sources);
 const MAX_AT: usize = core::mem::offset_of!(Hist, max_ns);
 
 /// The histogram of a key, made if there is none.
