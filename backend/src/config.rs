@@ -244,7 +244,9 @@ pub enum Problem {
     #[error("fd {0} is given both as control socket and as tap, give two different ones")]
     FdTwice(RawFd),
     /// A name that the BPF file system could not carry.
-    #[error("instance '{0}' is not usable, take 1 to {MAX_NAME_LEN} of the characters A-Z a-z 0-9 _ - and not xdp- first")]
+    #[error(
+        "instance '{0}' is not usable, take 1 to {MAX_NAME_LEN} of the characters A-Z a-z 0-9 _ - and not xdp- first"
+    )]
     Instance(String),
     /// No interval to watch at.
     #[error("'{0}' is no interval, give seconds from 0.1 to 86400")]

@@ -43,7 +43,9 @@ impl Artefacts {
         let found: Self =
             serde_json::from_str(&text).with_context(|| format!("{} is damaged", list.display()))?;
         let programs = [&found.qemu, &found.kernel, &found.initramfs];
-        for path in programs.into_iter().chain(&found.qemu_data).chain(&found.testpmd).chain(&found.newer_kernel) {
+        for path in
+            programs.into_iter().chain(&found.qemu_data).chain(&found.testpmd).chain(&found.newer_kernel)
+        {
             ensure!(path.exists(), "{} is gone; `cargo xtask setup` brings it back", path.display());
         }
         ensure!(

@@ -36,7 +36,8 @@ fn fentry_measures_every_stall_on_a_newer_kernel() {
     scenario("fentry_measures_every_stall_on_a_newer_kernel", |lab| {
         let initramfs = initramfs(lab)?;
         let console = lab.new_log("console");
-        let mut qemu = Process::start("QEMU", command(lab, &initramfs, &console)?, &lab.new_log("qemu"), None)?;
+        let mut qemu =
+            Process::start("QEMU", command(lab, &initramfs, &console)?, &lab.new_log("qemu"), None)?;
         let text = until("the guest to end its work", PATIENCE, || {
             let text = String::from_utf8_lossy(&fs::read(&console).unwrap_or_default()).replace('\r', "");
             if text.contains("@@end@@") {
@@ -66,7 +67,10 @@ fn command(lab: &Lab, initramfs: &Path, console: &Path) -> Result<Command> {
     command.args(["-nodefaults", "-nographic", "-no-reboot"]);
     command.arg("-serial").arg(format!("file:{}", console.display()));
     command.arg("-kernel").arg(lab.artefacts.newer_kernel()?).arg("-initrd").arg(initramfs);
-    command.args(["-append", "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check nokaslr mitigations=off rdinit=/start"]);
+    command.args([
+        "-append",
+        "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check nokaslr mitigations=off rdinit=/start",
+    ]);
     command.stdin(Stdio::null());
     Ok(command)
 }

@@ -2,8 +2,8 @@
 //! kernel it runs on, and of what it costs.
 //!
 //! ```text
-//! fault-latency [--way fentry|tracepoint|request]     the scenarios
-//! fault-latency --cost                                what the programs cost
+//! fault-latency [--way fentry|tracepoint|request] [--hold]     the scenarios; then waits for the end of its input
+//! fault-latency --cost                                         what the programs cost
 //! ```
 //! As root. One line for each scenario; the reader decides whether it is right.
 
@@ -16,14 +16,15 @@ use vhost_user_net::observe::load::Ways;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let mut words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let hold = words.pop_if(|word| *word == "--hold").is_some();
     let done = match words[..] {
-        [] => scenarios::run(Ways::default()),
-        ["--way", "fentry"] => scenarios::run(Ways { tracepoint: false, ..Ways::default() }),
-        ["--way", "tracepoint"] => scenarios::run(Ways { fentry: false, ..Ways::default() }),
-        ["--way", "request"] => scenarios::run(Ways { fentry: false, stack: false, ..Ways::default() }),
+        [] => scenarios::run(Ways::default(), hold),
+        ["--way", "fentry"] => scenarios::run(Ways { tracepoint: false, ..Ways::default() }, hold),
+        ["--way", "tracepoint"] => scenarios::run(Ways { fentry: false, ..Ways::default() }, hold),
+        ["--way", "request"] => scenarios::run(Ways { fentry: false, stack: false, ..Ways::default() }, hold),
         ["--cost"] => cost::run(),
-        _ => Err("usage: fault-latency [--way fentry|tracepoint|request | --cost]".into()),
+        _ => Err("usage: fault-latency [--way fentry|tracepoint|request] [--hold] | --cost".into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

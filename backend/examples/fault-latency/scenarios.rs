@@ -71,8 +71,8 @@ extern "C" fn on_signal(_: libc::c_int) {
     SIGNALS.fetch_add(1, Ordering::Relaxed);
 }
 
-/// Runs all scenarios.
-pub fn run(ways: Ways) -> Result<(), Box<dyn Error>> {
+/// Runs all scenarios; with `hold`, the maps stay until the input ends.
+pub fn run(ways: Ways, hold: bool) -> Result<(), Box<dyn Error>> {
     // SAFETY: installs a handler that only adds to an atomic.
     unsafe { libc::signal(libc::SIGUSR2, on_signal as *const () as libc::sighandler_t) };
     let instance = format!("fault-latency-{}", std::process::id());
@@ -83,7 +83,8 @@ pub fn run(ways: Ways) -> Result<(), Box<dyn Error>> {
     programs.arm()?;
     let missing = Missing::new(4 * PAGES)?;
     let span = |place: Place, kind| Span {
-        addresses: missing.page(place as usize * PAGES) as u64..missing.page((place as usize + 1) * PAGES - 1) as u64 + PAGE as u64,
+        addresses: missing.page(place as usize * PAGES) as u64
+            ..missing.page((place as usize + 1) * PAGES - 1) as u64 + PAGE as u64,
         kind,
     };
     let mut areas = Areas::default();
@@ -93,9 +94,12 @@ pub fn run(ways: Ways) -> Result<(), Box<dyn Error>> {
     let (file, file_is_tap) = open_file()?;
     let reader = Reader::open(&instance)?;
     let ring = IoUring::new(8)?;
-    println!("{}", json!({
-        "mode": mode::NAMES[programs.mode() as usize], "load_ms": load_ms, "instance": instance, "tap": file_is_tap,
-    }));
+    println!(
+        "{}",
+        json!({
+            "mode": mode::NAMES[programs.mode() as usize], "load_ms": load_ms, "instance": instance, "tap": file_is_tap,
+        })
+    );
     let mut bed = Bed { missing, next: [0; 4], programs, reader, ring, file, file_is_tap };
 
     // SAFETY: no arguments.
@@ -135,11 +139,17 @@ pub fn run(ways: Ways) -> Result<(), Box<dyn Error>> {
         *sources.entry(format!("{context} {source}")).or_default() += 1;
     }
     let snapshot = bed.reader.snapshot()?;
-    println!("{}", json!({
-        "events": stalls, "events_ns": slept, "events_lost": snapshot.meta.events_lost, "sources": sources,
-        "signals": SIGNALS.load(Ordering::Relaxed),
-        "standing": snapshot.standing.len(),
-    }));
+    println!(
+        "{}",
+        json!({
+            "events": stalls, "events_ns": slept, "events_lost": snapshot.meta.events_lost, "sources": sources,
+            "signals": SIGNALS.load(Ordering::Relaxed),
+            "standing": snapshot.standing.len(),
+        })
+    );
+    if hold {
+        std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
+    }
     Ok(())
 }
 
@@ -195,11 +205,14 @@ impl Bed {
             .map(|(key, hist)| change(key, before.get(key), hist, &after.ports))
             .collect();
         let (port, kind) = place.key();
-        println!("{}", json!({
-            "scenario": name, "touch": format!("{touch:?}"), "stalls": pages,
-            "port": port, "kind": kind::NAMES[kind as usize], "context": context::NAMES[context as usize],
-            "after_us": delivery.after.as_micros() as u64, "wall_us": wall.as_micros() as u64, "changes": changes,
-        }));
+        println!(
+            "{}",
+            json!({
+                "scenario": name, "touch": format!("{touch:?}"), "stalls": pages,
+                "port": port, "kind": kind::NAMES[kind as usize], "context": context::NAMES[context as usize],
+                "after_us": delivery.after.as_micros() as u64, "wall_us": wall.as_micros() as u64, "changes": changes,
+            })
+        );
         Ok(())
     }
 
@@ -227,7 +240,8 @@ impl Bed {
                 }
             }
             Touch::Populate => {
-                let entry = opcode::Madvise::new(address as *const _, len as i64, libc::MADV_POPULATE_WRITE).build();
+                let entry =
+                    opcode::Madvise::new(address as *const _, len as i64, libc::MADV_POPULATE_WRITE).build();
                 // SAFETY: the range stays mapped.
                 unsafe { self.ring.submission().push(&entry)? };
                 self.ring.submit_and_wait(1)?;
@@ -242,7 +256,12 @@ impl Bed {
 }
 
 /// What has changed in a histogram.
-fn change(key: &Key, before: Option<&Hist>, after: &Hist, ports: &std::collections::BTreeMap<u32, String>) -> Value {
+fn change(
+    key: &Key,
+    before: Option<&Hist>,
+    after: &Hist,
+    ports: &std::collections::BTreeMap<u32, String>,
+) -> Value {
     let before = before.unwrap_or(&Hist::EMPTY);
     let slots: Vec<Value> = (0..)
         .zip(after.slots.iter().zip(&before.slots))

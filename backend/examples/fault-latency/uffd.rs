@@ -55,7 +55,8 @@ impl Missing {
         let len = pages * PAGE;
         // SAFETY: plain system calls; the mapping is new, and the descriptors are taken into ownership at once.
         let (memory, start, uffd) = unsafe {
-            let memory = OwnedFd::from_raw_fd(checked(libc::memfd_create(c"missing".as_ptr(), 0).into())? as i32);
+            let memory =
+                OwnedFd::from_raw_fd(checked(libc::memfd_create(c"missing".as_ptr(), 0).into())? as i32);
             checked(libc::ftruncate(memory.as_raw_fd(), len as i64).into())?;
             let protection = libc::PROT_READ | libc::PROT_WRITE;
             let start =
@@ -131,7 +132,9 @@ fn deliver(uffd: &OwnedFd, address: usize, tid: u32, delivery: Delivery) {
 fn await_sleep(tid: u32) {
     let path = format!("/proc/self/task/{tid}/wchan");
     let started = Instant::now();
-    while fs::read_to_string(&path).is_ok_and(|place| place.trim() == "0") && started.elapsed() < ASLEEP_PATIENCE {
+    while fs::read_to_string(&path).is_ok_and(|place| place.trim() == "0")
+        && started.elapsed() < ASLEEP_PATIENCE
+    {
         thread::yield_now();
     }
 }

@@ -203,9 +203,12 @@ const ERRORS: &[(&str, &str, &str)] = &[
 #[test]
 fn an_instance_is_called_like_its_file_or_port_as_far_as_that_is_possible() {
     assert_eq!(parse("[[port]]\nsocket = 's'\nuplink = 'null'").expect("valid").instance, "ports");
-    for (from, expected) in
-        [("vm1", "vm1"), ("my.web server", "my_web_server"), ("", "vhost-user-net"), ("xdp-eth0", "vhost-user-net")]
-    {
+    for (from, expected) in [
+        ("vm1", "vm1"),
+        ("my.web server", "my_web_server"),
+        ("", "vhost-user-net"),
+        ("xdp-eth0", "vhost-user-net"),
+    ] {
         assert_eq!(default_instance(from), expected);
         assert!(instance(expected).is_ok());
     }

@@ -63,7 +63,8 @@ impl Areas {
             }
         }
         let had = self.ports.remove(&port).unwrap_or_default();
-        let removed = had.keys().filter(|prefix| !wanted.contains_key(prefix)).map(|prefix| Change::Remove(*prefix));
+        let removed =
+            had.keys().filter(|prefix| !wanted.contains_key(prefix)).map(|prefix| Change::Remove(*prefix));
         let put = wanted
             .iter()
             .filter(|(prefix, kind)| had.get(prefix) != Some(kind))

@@ -108,7 +108,9 @@ impl<'b> Btf<'b> {
             let found = self.get(id)?;
             match found.kind {
                 kind::STRUCT | kind::UNION => return Some(found),
-                kind::TYPEDEF | kind::VOLATILE | kind::CONST | kind::RESTRICT | kind::TYPE_TAG => id = found.to,
+                kind::TYPEDEF | kind::VOLATILE | kind::CONST | kind::RESTRICT | kind::TYPE_TAG => {
+                    id = found.to
+                }
                 _ => return None,
             }
         }

@@ -1,8 +1,8 @@
 //! What the programs must know of the running kernel, gathered from its BTF and its symbols.
 #![forbid(unsafe_code)]
 
-use super::btf::Btf;
 use super::Unavailable;
+use super::btf::Btf;
 use ebpf_common::faults::{ABSENT, Kernel};
 use std::fs::File;
 use std::io::{BufRead, BufReader};

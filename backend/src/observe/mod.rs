@@ -22,6 +22,7 @@ pub mod pins;
 pub mod read;
 mod rights;
 pub mod show;
+pub mod trace;
 mod trim;
 
 pub use error::Unavailable;

@@ -109,7 +109,8 @@ impl Observer {
         }
         let (orders, inbox) = channel();
         let reports = Reports { answer, bell: bell.clone() };
-        let thread = Builder::new().name("observer".into()).spawn(move || run(&settings, &inbox, &reports))?;
+        let thread =
+            Builder::new().name("observer".into()).spawn(move || run(&settings, &inbox, &reports))?;
         Ok(Self { handle: Handle(Some(orders)), answers, bell, thread: Some(thread) })
     }
 

@@ -24,7 +24,9 @@ pub const MAPS: [&str; 8] = [
     "fault_events",
     META,
 ];
-/// Says whose the others are: pinned last, removed first.
+/// What all names of maps begin with.
+const PREFIX: &str = "fault_";
+/// Says whose the others are: pinned last.
 pub const META: &str = "fault_meta";
 
 /// What an instance's [`META`] says.
@@ -78,17 +80,21 @@ pub fn instances() -> io::Result<Vec<String>> {
     Ok(names)
 }
 
-/// Removes an instance's pins. True if there were any.
+/// Removes an instance's pins, those of other versions too. True if there were any.
 ///
 /// # Errors
 /// They may not be removed.
 pub fn remove(dir: &Path) -> io::Result<bool> {
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
+        other => other?,
+    };
     let mut any = false;
-    for name in [META].into_iter().chain(MAPS) {
-        match fs::remove_file(dir.join(name)) {
-            Ok(()) => any = true,
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_name().as_encoded_bytes().starts_with(PREFIX.as_bytes()) {
+            fs::remove_file(entry.path())?;
+            any = true;
         }
     }
     // What else lies there is not ours.

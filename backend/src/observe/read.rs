@@ -121,14 +121,21 @@ impl Reader {
             let len = name.name.iter().position(|byte| *byte == 0).unwrap_or(name.name.len());
             String::from_utf8_lossy(&name.name[..len]).into_owned()
         };
-        let mut standing: Vec<_> =
-            entries(&self.stalls).map_err(wrong)?.into_iter().filter(|(_, stall)| stall.since_ns != 0).collect();
+        let mut standing: Vec<_> = entries(&self.stalls)
+            .map_err(wrong)?
+            .into_iter()
+            .filter(|(_, stall)| stall.since_ns != 0)
+            .collect();
         standing.sort_by_key(|(_, stall)| stall.since_ns);
         Ok(Snapshot {
             instance: self.instance.clone(),
             meta,
             is_alive: pins::owner(&meta).is_alive(),
-            ports: entries(&self.ports).map_err(wrong)?.into_iter().map(|(port, n)| (port, name(n))).collect(),
+            ports: entries(&self.ports)
+                .map_err(wrong)?
+                .into_iter()
+                .map(|(port, n)| (port, name(n)))
+                .collect(),
             histograms: entries(&self.hist).map_err(wrong)?.into_iter().collect(),
             standing,
             now_ns: now_ns(),
@@ -156,5 +163,6 @@ where
 
 /// CLOCK_MONOTONIC, as the programs in the kernel read it.
 pub fn now_ns() -> u64 {
-    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |now| now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
+    clock_gettime(ClockId::CLOCK_MONOTONIC)
+        .map_or(0, |now| now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64)
 }

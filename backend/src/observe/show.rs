@@ -96,7 +96,11 @@ fn head(snapshot: &Snapshot) -> String {
     }
     text.push('\n');
     if meta.events_lost > 0 {
-        let _ = writeln!(text, "{} events did not reach the log; the histograms count all stalls", meta.events_lost);
+        let _ = writeln!(
+            text,
+            "{} events did not reach the log; the histograms count all stalls",
+            meta.events_lost
+        );
     }
     text
 }
@@ -119,7 +123,10 @@ fn sources(snapshot: &Snapshot) -> String {
     if let [(only, _)] = used[..] {
         return words(only).into();
     }
-    used.into_iter().map(|(number, count)| format!("{} ({count})", words(number))).collect::<Vec<_>>().join(", ")
+    used.into_iter()
+        .map(|(number, count)| format!("{} ({count})", words(number)))
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 fn summary(hist: &Hist) -> String {

@@ -192,7 +192,9 @@ impl Control {
         match token {
             ControlToken::Signal => {}
             ControlToken::Helper => self.helper_answered(reactor, &done),
-            ControlToken::Observer | ControlToken::Stalls => self.observation.completion(reactor, token, &done),
+            ControlToken::Observer | ControlToken::Stalls => {
+                self.observation.completion(reactor, token, &done)
+            }
             ControlToken::Port { port, epoch, what } => {
                 if self.epochs.get(usize::from(port)) == Some(&epoch) {
                     self.port_completion(reactor, usize::from(port), what, done);

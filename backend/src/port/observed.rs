@@ -28,7 +28,8 @@ impl Port {
         if !self.observer.is_on() {
             return;
         }
-        let regions = self.memory.mappings().iter().map(|mapping| (mapping.host_range(), kind::PACKET_BUFFER));
+        let regions =
+            self.memory.mappings().iter().map(|mapping| (mapping.host_range(), kind::PACKET_BUFFER));
         let rings = self.rings.iter().flatten().flat_map(|config| config.layout().host_ranges(&self.memory));
         let all = regions.chain(rings.map(|addresses| (addresses, kind::RING)));
         self.observer.set_areas(self.id, all.map(|(addresses, kind)| Span { addresses, kind }).collect());
@@ -51,7 +52,8 @@ impl Port {
 
 /// A stall in words.
 pub(crate) fn describe(event: &Event) -> String {
-    let name = |names: &'static [&'static str], number: u32| names.get(number as usize).copied().unwrap_or("?");
+    let name =
+        |names: &'static [&'static str], number: u32| names.get(number as usize).copied().unwrap_or("?");
     let kind = match name(&kind::NAMES, event.kind) {
         "unknown" => "memory",
         known => known,
@@ -118,14 +120,18 @@ impl Observation {
                 Err(error) => tracing::warn!(%error, "fault latency: events cannot be read"),
             },
             Answer::Mode(mode::TRACEPOINT_IDLE) => {
-                tracing::info!("fault latency: will be measured by tracepoint during migrations (--fault-latency on: always)");
+                tracing::info!(
+                    "fault latency: will be measured by tracepoint during migrations (--fault-latency on: always)"
+                );
             }
             Answer::Mode(now) => {
                 let name = mode::NAMES.get(now as usize).copied().unwrap_or("?");
                 tracing::info!("fault latency: measured by {name}; see `vhost-user-net faults`");
             }
             // Not to be had, and not asked for either: no reason to worry.
-            Answer::Nothing(why @ (Unavailable::NotAllowed(_) | Unavailable::PidNamespace | Unavailable::NoBtf)) => {
+            Answer::Nothing(
+                why @ (Unavailable::NotAllowed(_) | Unavailable::PidNamespace | Unavailable::NoBtf),
+            ) => {
                 tracing::info!("fault latency: not measured: {why}");
             }
             Answer::Nothing(why) => tracing::warn!("fault latency: not measured: {why}"),

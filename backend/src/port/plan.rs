@@ -6,6 +6,7 @@ use super::helper::Job;
 use super::{Port, fds};
 use crate::memory::{GuestMemory, Mapping, RegionSpec};
 use crate::net::features;
+use crate::observe::trace;
 use crate::reactor::PeerFd;
 use crate::session::{Effect, Outcome, RingConfig};
 use crate::virtq::QueueConfig;
@@ -192,6 +193,9 @@ impl Port {
 
     fn set_features(&mut self, acked: u64, log_all: bool) {
         self.plan.log_on_before = Some(self.log_on);
+        if self.log_on != log_all {
+            trace::phase(self.id, if log_all { trace::Phase::Logging } else { trace::Phase::Normal });
+        }
         self.log_on = log_all;
         self.configure(acked);
         let snapshot = self.snapshot();

@@ -10,6 +10,7 @@ use super::{Attachment, Command, Direction, Event, PairKey, PairToken, Reply, To
 use crate::memory::GuestMemory;
 use crate::net::counters::PairCounters;
 use crate::net::rx::Receiver;
+use crate::observe::trace;
 use crate::reactor::{Done, OpId, Reactor};
 use crate::uplink::UplinkQueue;
 use crate::virtq::{QueueConfig, SplitQueue};
@@ -18,7 +19,7 @@ use std::sync::Arc;
 
 /// A queue pair.
 pub struct Pair {
-    key: PairKey,
+    pub(super) key: PairKey,
     slot: u32,
     pub(super) memory: GuestMemory,
     pub(super) features: u64,
@@ -140,9 +141,10 @@ impl Pair {
                 self.half(direction).error.replace(reactor, fd);
             }
             Command::Arrived => {
-                for half in [&mut self.rx, &mut self.tx] {
-                    if let Some(ring) = half.ring.as_mut().filter(|ring| ring.parked.is_some()) {
-                        ring.look_again();
+                for direction in [Direction::Receive, Direction::Transmit] {
+                    let ring = self.half(direction).ring.as_mut().filter(|ring| ring.parked.is_some());
+                    if ring.is_some_and(Ring::look_again) {
+                        trace::resume(self.key, direction);
                     }
                 }
             }
@@ -169,9 +171,14 @@ impl Pair {
         shared: &mut Shared,
     ) {
         for direction in [Direction::Receive, Direction::Transmit] {
+            let key = self.key;
             let Some(ring) = &mut self.half(direction).ring else { continue };
             match ring.queue.remap(&memory) {
-                Ok(()) => ring.look_again(),
+                Ok(()) => {
+                    if ring.look_again() {
+                        trace::resume(key, direction);
+                    }
+                }
                 Err(error) => {
                     let why = format!("it is not in the new memory table: {error}");
                     self.give_up(reactor, direction, why, shared);
@@ -195,6 +202,7 @@ impl Pair {
             Err(error) => return Reply::Failed(format!("ring cannot start: {error}")),
         };
         queue.disable_kicks();
+        trace::ring_start(self.key, direction, queue.base());
         let half = self.half(direction);
         half.enabled = enabled;
         // Looked at once without waiting for a kick: it may have come before we listened (vhost #343, #375).
@@ -218,7 +226,9 @@ impl Pair {
             Ok(queue) => {
                 ring.queue = queue;
                 ring.listening = true;
-                ring.look_again();
+                if ring.look_again() {
+                    trace::resume(self.key, direction);
+                }
                 Reply::Done
             }
             Err(error) => Reply::Failed(format!("ring cannot move: {error}")),
@@ -271,6 +281,7 @@ impl Pair {
             self.receiver = Receiver::default();
         }
         self.half(direction).last_base = ring.queue.base();
+        trace::ring_stop(self.key, direction, ring.queue.base());
         self.watch_uplink(reactor);
     }
 

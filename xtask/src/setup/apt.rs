@@ -46,7 +46,12 @@ impl Apt {
         let id = field("ID").unwrap_or_default();
         ensure!(id == "debian", "this machine is not Debian (ID={id})");
         let codename = field("VERSION_CODENAME").context("/etc/os-release has no VERSION_CODENAME")?;
-        Ok(Self { codename, dir: dir.to_owned(), updated: Cell::new(false), backports_updated: Cell::new(false) })
+        Ok(Self {
+            codename,
+            dir: dir.to_owned(),
+            updated: Cell::new(false),
+            backports_updated: Cell::new(false),
+        })
     }
 
     /// Installs packages without what they merely recommend.
