@@ -24,6 +24,7 @@ fn main() -> ExitCode {
         ["--way", "tracepoint"] => scenarios::run(Ways { fentry: false, ..Ways::default() }, hold),
         ["--way", "request"] => scenarios::run(Ways { fentry: false, stack: false, ..Ways::default() }, hold),
         ["--cost"] => cost::run(),
+        ["--switches"] => cost::print_switches(),
         _ => Err("usage: fault-latency [--way fentry|tracepoint|request] [--hold] | --cost".into()),
     };
     match done {

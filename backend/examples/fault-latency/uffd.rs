@@ -50,8 +50,22 @@ fn checked(result: libc::c_long) -> io::Result<libc::c_long> {
 }
 
 impl Missing {
-    /// Maps `pages` pages of a memfd, and starts the thread that supplies them. Both stay until the process ends.
+    /// Maps `pages` pages of a memfd, and starts the thread that supplies them as planned. Both stay until the process ends.
     pub fn new(pages: usize) -> io::Result<Self> {
+        Self::supplied_by(pages, supply)
+    }
+
+    /// As [`Self::new`]; each page comes at once.
+    pub fn prompt(pages: usize) -> io::Result<Self> {
+        Self::supplied_by(pages, |uffd, _| {
+            for_each_fault(&uffd, |address, _| copy(&uffd, address));
+        })
+    }
+
+    fn supplied_by(
+        pages: usize,
+        supplier: fn(OwnedFd, &Mutex<HashMap<usize, Delivery>>),
+    ) -> io::Result<Self> {
         let len = pages * PAGE;
         // SAFETY: plain system calls; the mapping is new, and the descriptors are taken into ownership at once.
         let (memory, start, uffd) = unsafe {
@@ -71,7 +85,7 @@ impl Missing {
         request(&uffd, UFFDIO_REGISTER, &mut [start as u64, len as u64, MODE_MISSING, 0])?;
         let plans = Arc::new(Mutex::new(HashMap::new()));
         let shared = plans.clone();
-        thread::Builder::new().name("supplier".into()).spawn(move || supply(uffd, &shared))?;
+        thread::Builder::new().name("supplier".into()).spawn(move || supplier(uffd, &shared))?;
         Ok(Self { start, len, plans, _memory: memory })
     }
 
@@ -94,6 +108,15 @@ fn request<const N: usize>(uffd: &OwnedFd, code: libc::c_ulong, words: &mut [u64
 
 fn supply(uffd: OwnedFd, plans: &Mutex<HashMap<usize, Delivery>>) {
     let uffd = Arc::new(uffd);
+    for_each_fault(&uffd.clone(), |address, tid| {
+        // A plan is for one fault: the same again after a wake-up or a signal is still that fault.
+        let Some(delivery) = lock(plans).remove(&address) else { return };
+        let uffd = uffd.clone();
+        thread::spawn(move || deliver(&uffd, address, tid, delivery));
+    });
+}
+
+fn for_each_fault(uffd: &OwnedFd, mut each: impl FnMut(usize, u32)) {
     let mut file = fs::File::from(uffd.try_clone().expect("a descriptor"));
     let mut message = [0_u8; 32];
     while file.read_exact(&mut message).is_ok() {
@@ -101,11 +124,7 @@ fn supply(uffd: OwnedFd, plans: &Mutex<HashMap<usize, Delivery>>) {
             continue;
         }
         let word = |at: usize| u64::from_ne_bytes(message[at..at + 8].try_into().expect("8 bytes"));
-        let (address, tid) = (word(16) as usize & !(PAGE - 1), word(24) as u32);
-        // A plan is for one fault: the same again after a wake-up or a signal is still that fault.
-        let Some(delivery) = lock(plans).remove(&address) else { continue };
-        let uffd = uffd.clone();
-        thread::spawn(move || deliver(&uffd, address, tid, delivery));
+        each(word(16) as usize & !(PAGE - 1), word(24) as u32);
     }
 }
 
@@ -123,6 +142,10 @@ fn deliver(uffd: &OwnedFd, address: usize, tid: u32, delivery: Delivery) {
             await_sleep(tid);
         }
     }
+    copy(uffd, address);
+}
+
+fn copy(uffd: &OwnedFd, address: usize) {
     let page = [0x5a_u8; PAGE];
     let mut copy = [address as u64, page.as_ptr() as u64, PAGE as u64, 0, 0];
     request(uffd, UFFDIO_COPY, &mut copy).expect("UFFDIO_COPY");

@@ -19,7 +19,8 @@
 
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::btf_maps::lpm_trie::Key as Prefix;
-use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, RingBuf};
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
+use aya_ebpf::helpers::generated::bpf_probe_read_kernel as helper_read;
 use aya_ebpf::helpers::{
     bpf_get_current_pid_tgid, bpf_get_current_task_btf, bpf_get_stack, bpf_ktime_get_ns,
     bpf_probe_read_kernel,
@@ -77,6 +78,9 @@ static fault_stalls: LruHashMap<u32, Stall, 4096> = LruHashMap::new();
 static fault_ports: HashMap<u32, Name, 1024> = HashMap::new();
 #[btf_map]
 static fault_meta: Array<Meta, 1> = Array::new();
+/// Not pinned: a piece of a stack.
+#[btf_map]
+static fault_scratch: PerCpuArray<[u64; PIECE], 1> = PerCpuArray::new();
 #[btf_map]
 static fault_events: RingBuf<Event, 131072> = RingBuf::new();
 
@@ -88,8 +92,12 @@ const OP_MADVISE: u8 = 25;
 const RETRY: u32 = 0x400;
 /// Frames of a sleeping thread that are looked at: the function is near the end, below the scheduler.
 const FRAMES: usize = 12;
-/// Words of a sleeping thread's stack that are looked at, from this tracepoint's arguments up.
-const STACK_WORDS: usize = 512;
+/// Words of a sleeping thread's stack that are read at once.
+const PIECE: usize = 32;
+/// Pieces, from this tracepoint's arguments up, in which the scheduler's frames end (in the first on 6.12 and 6.18).
+const FRAME_PIECES: usize = 3;
+/// Pieces in which the waiter is.
+const STACK_PIECES: usize = 16;
 /// Attempts to raise a maximum that others raise too.
 const RAISES: u32 = 8;
 const PAGE: u64 = 4096;
@@ -174,8 +182,25 @@ fn faults_switch(ctx: BtfTracePointContext) -> i32 {
 }
 
 /// If the current thread is inside `handle_userfault`: the address there to which it will return.
+///
+/// Unwinding takes a microsecond or two, and threads of ours fall asleep often: first we look whether such an address
+/// stands on the end of the stack at all. It may also be an old one that nobody has overwritten.
 #[inline(always)]
 fn waiting_frame(ctx: &BtfTracePointContext) -> Option<u64> {
+    let is_inside = |address: u64| address >= kernel!(code_start) && address < kernel!(code_end);
+    let words = fault_scratch.get_ptr_mut(0)?;
+    let mut found = false;
+    for piece in 0..FRAME_PIECES {
+        // SAFETY: this CPU's buffer; nothing else runs here before we are through.
+        let words = unsafe { read_piece(ctx, piece, &mut *words) }?;
+        found = words.iter().any(|word| is_inside(*word));
+        if found {
+            break;
+        }
+    }
+    if !found {
+        return None;
+    }
     let mut frames = MaybeUninit::<[u64; FRAMES]>::uninit();
     let size = size_of::<[u64; FRAMES]>() as u32;
     // SAFETY: the buffer is as long as said; what the helper does not fill it sets to zero.
@@ -186,7 +211,21 @@ fn waiting_frame(ctx: &BtfTracePointContext) -> Option<u64> {
     if len <= 0 {
         return None;
     }
-    frames.iter().copied().find(|frame| *frame >= kernel!(code_start) && *frame < kernel!(code_end))
+    frames.iter().copied().find(|frame| is_inside(*frame))
+}
+
+/// Reads a piece of the current thread's stack, from this tracepoint's arguments up: they lie on it.
+#[inline(always)]
+fn read_piece<'w>(
+    ctx: &BtfTracePointContext,
+    piece: usize,
+    words: &'w mut [u64; PIECE],
+) -> Option<&'w [u64; PIECE]> {
+    let start = ctx.as_ptr().cast::<[u64; PIECE]>().wrapping_add(piece);
+    let size = size_of::<[u64; PIECE]>() as u32;
+    // SAFETY: the helper checks the address; the buffer is as long as said.
+    let read = unsafe { helper_read(words.as_mut_ptr().cast(), size, start.cast()) };
+    (read == 0).then_some(words)
 }
 
 /// The address that the current thread waits for, from the waiter in the frame of `handle_userfault`. That frame begins
@@ -196,16 +235,18 @@ fn address_on_stack(ctx: &BtfTracePointContext, frame: u64, task: u64) -> Option
     if kernel!(waiter_task) == ABSENT || kernel!(wake_function) == 0 {
         return None;
     }
+    let words = fault_scratch.get_ptr_mut(0)?;
     let mut inside = false;
-    for word in 0..STACK_WORDS {
-        let at = ctx.as_ptr().cast::<u64>().wrapping_add(word);
-        // SAFETY: the helper checks the addresses. The arguments lie on the thread's own stack.
-        unsafe {
-            let value = bpf_probe_read_kernel(at).ok()?;
-            inside |= value == frame;
-            if inside && value == kernel!(wake_function) {
-                let back = |bytes: u32| {
-                    bpf_probe_read_kernel(at.cast::<u8>().wrapping_sub(bytes as usize).cast::<u64>())
+    for piece in 0..STACK_PIECES {
+        // SAFETY: as in `waiting_frame`.
+        let words = unsafe { read_piece(ctx, piece, &mut *words) }?;
+        for (word, value) in words.iter().enumerate() {
+            inside |= *value == frame;
+            if inside && *value == kernel!(wake_function) {
+                let at = ctx.as_ptr().cast::<u64>().wrapping_add(piece * PIECE + word).cast::<u8>();
+                // SAFETY: the helper checks the address.
+                let back = |bytes: u32| unsafe {
+                    bpf_probe_read_kernel(at.wrapping_sub(bytes as usize).cast::<u64>())
                 };
                 if back(kernel!(waiter_task)) == Ok(task) {
                     return back(kernel!(waiter_address)).ok();
