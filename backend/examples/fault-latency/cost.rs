@@ -47,7 +47,10 @@ pub fn run() -> Result<()> {
     let mut rows = serde_json::Map::new();
     for ((name, before), (_, after)) in detached.rows().into_iter().zip(attached.rows()) {
         println!("{name:32}{before:>9} ns{after:>9} ns{:>+9} ns", after - before);
-        rows.insert(name.replace(", ", "_").replace(' ', "_"), json!({ "detached_ns": before, "attached_ns": after }));
+        rows.insert(
+            name.replace(", ", "_").replace(' ', "_"),
+            json!({ "detached_ns": before, "attached_ns": after }),
+        );
     }
     println!("{}", json!({ "mode": mode, "rounds": ROUNDS, "cost": rows }));
     Ok(())

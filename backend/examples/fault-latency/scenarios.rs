@@ -1,9 +1,10 @@
 //! Faults of known length, and what the histograms say of them.
 
 use crate::uffd::{Delivery, Missing, PAGE};
-use ebpf_common::faults::{Area, Hist, Key, context, kind, mode};
+use ebpf_common::faults::{Area, Event, Hist, Key, context, kind, mode, source};
 use io_uring::{IoUring, opcode};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -11,8 +12,10 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use vhost_user_net::observe::areas::{Areas, Span};
+use vhost_user_net::observe::events::Events;
 use vhost_user_net::observe::load::{Programs, Ways};
 use vhost_user_net::observe::read::Reader;
+use vhost_user_net::reactor::{Done, Reactor};
 
 const PORTS: [&str; 2] = ["vm1", "vm2"];
 /// Pages for each of the areas.
@@ -78,7 +81,7 @@ pub fn run(ways: Ways, hold: bool) -> Result<(), Box<dyn Error>> {
     let instance = format!("fault-latency-{}", std::process::id());
     let ports = PORTS.map(str::to_owned);
     let loaded = Instant::now();
-    let (mut programs, mut events) = Programs::load(&instance, &ports, ways)?;
+    let (mut programs, events) = Programs::load(&instance, &ports, ways)?;
     let load_ms = loaded.elapsed().as_millis() as u64;
     programs.arm()?;
     let missing = Missing::new(4 * PAGES)?;
@@ -127,22 +130,18 @@ pub fn run(ways: Ways, hold: bool) -> Result<(), Box<dyn Error>> {
     bed.scenario("signalled", Place::Buffer, Touch::Load, context::WORKER, signalled, 1)?;
     bed.scenario("many", Place::Ring, Touch::Load, context::WORKER, plain(short), 20)?;
 
-    let mut stalls = 0;
-    let mut slept = 0;
-    let mut sources = std::collections::BTreeMap::<String, u32>::new();
-    while let Some(bytes) = events.next() {
-        let event = vhost_user_net::observe::events::decode(&bytes).ok_or("an event of another size")?;
-        stalls += u32::from(event.part == 1);
-        slept += event.slept_ns;
-        let context = context::NAMES[event.context as usize];
-        let source = ebpf_common::faults::source::NAMES[event.source as usize];
-        *sources.entry(format!("{context} {source}")).or_default() += 1;
+    let mut sums = Sums::default();
+    let mut events = Events::new(events)?;
+    while events.has_more() {
+        events.take(|event| sums.add(&event));
     }
+    let heard = heard_by_a_loop(&mut bed, &mut events)?;
     let snapshot = bed.reader.snapshot()?;
     println!(
         "{}",
         json!({
-            "events": stalls, "events_ns": slept, "events_lost": snapshot.meta.events_lost, "sources": sources,
+            "events": sums.stalls, "events_ns": sums.slept_ns, "events_lost": snapshot.meta.events_lost,
+            "sources": sums.sources, "heard": heard,
             "signals": SIGNALS.load(Ordering::Relaxed),
             "standing": snapshot.standing.len(),
         })
@@ -151,6 +150,53 @@ pub fn run(ways: Ways, hold: bool) -> Result<(), Box<dyn Error>> {
         std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
     }
     Ok(())
+}
+
+/// What the events say together.
+#[derive(Default)]
+struct Sums {
+    stalls: u32,
+    slept_ns: u64,
+    sources: BTreeMap<String, u32>,
+}
+
+impl Sums {
+    fn add(&mut self, event: &Event) {
+        self.stalls += u32::from(event.part == 1);
+        self.slept_ns += event.slept_ns;
+        let context = context::NAMES[event.context as usize];
+        let source = source::NAMES[event.source as usize];
+        *self.sources.entry(format!("{context} {source}")).or_default() += 1;
+    }
+}
+
+/// Makes two faults, one after the other, while a loop like the back-end's listens; returns how many it heard of.
+fn heard_by_a_loop(bed: &mut Bed, events: &mut Events) -> Result<u32, Box<dyn Error>> {
+    let mut reactor: Reactor<()> = Reactor::new()?;
+    reactor.poll(events.fd(), libc::POLLIN, ());
+    let mut done = Vec::new();
+    let mut heard = 0;
+    for expected in 1..=2 {
+        bed.scenario(
+            "heard",
+            Place::Buffer,
+            Touch::Load,
+            context::WORKER,
+            plain(Duration::from_millis(1)),
+            1,
+        )?;
+        while heard < expected {
+            reactor.turn(true, &mut done, &mut false)?;
+            for ((), what) in done.drain(..) {
+                match what {
+                    Done::Ready(Ok(_), true) => events.wake(),
+                    _ => return Err("the poll of the ring buffer has ended".into()),
+                }
+            }
+            events.take(|_| heard += 1);
+        }
+    }
+    Ok(heard)
 }
 
 fn plain(after: Duration) -> Delivery {
@@ -256,12 +302,7 @@ impl Bed {
 }
 
 /// What has changed in a histogram.
-fn change(
-    key: &Key,
-    before: Option<&Hist>,
-    after: &Hist,
-    ports: &std::collections::BTreeMap<u32, String>,
-) -> Value {
+fn change(key: &Key, before: Option<&Hist>, after: &Hist, ports: &BTreeMap<u32, String>) -> Value {
     let before = before.unwrap_or(&Hist::EMPTY);
     let slots: Vec<Value> = (0..)
         .zip(after.slots.iter().zip(&before.slots))
