@@ -4,12 +4,15 @@
 //! `config.rs`; running a command is the daemon's work.
 #![forbid(unsafe_code)]
 
-use crate::config::{self, Config, ConfigError, PortConfig, Problem, UplinkSpec};
+use crate::config::{self, Config, ConfigError, FaultLatency, PortConfig, Problem, UplinkSpec};
+use crate::observe::command::{Faults, Unload};
 use clap::Parser;
+use commands::Sub;
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+mod commands;
 #[cfg(test)]
 mod tests;
 
@@ -22,13 +25,18 @@ Examples:
   vhost-user-net --socket-path /run/qemu.sock --client --uplink tap-fd:3
   vhost-user-net --socket-path /run/vm2.sock --uplink xdp:eth1,queues=2 --queue-pairs 2
   vhost-user-net --config /etc/vhost-user-net.toml --check-config
+  vhost-user-net faults --watch
 
 The log goes to stderr; SIGTERM ends the program cleanly.";
 
 /// A vhost-user network back-end whose event loop never blocks.
 #[derive(Debug, Parser)]
-#[command(name = "vhost-user-net", version, after_help = EXAMPLES)]
+#[command(name = "vhost-user-net", version, after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
+#[command(disable_help_subcommand = true)]
 struct Options {
+    #[command(subcommand)]
+    command: Option<Sub>,
+
     /// Listen for the front-end at this Unix socket
     #[arg(long, value_name = "PATH", value_parser = |s: &str| config::socket_path(s.as_ref()))]
     socket_path: Option<PathBuf>,
@@ -77,6 +85,14 @@ struct Options {
     #[arg(long, value_name = "HOW", value_parser = config::postcopy_multiqueue)]
     postcopy_multiqueue: Option<config::PostcopyMultiqueue>,
 
+    /// The name under which `vhost-user-net faults` finds this process [default: the file's or the port's]
+    #[arg(long, value_name = "NAME", value_parser = config::instance)]
+    instance: Option<String>,
+
+    /// Measure stalls on missing guest memory: auto (where that costs nothing otherwise, else during migrations), on, off
+    #[arg(long, value_name = "WHEN", value_parser = str::parse::<FaultLatency>)]
+    fault_latency: Option<FaultLatency>,
+
     /// Log level or filter; goes before RUST_LOG [default: info]
     #[arg(long, value_name = "LEVEL", value_parser = config::log_filter)]
     log: Option<String>,
@@ -106,6 +122,10 @@ pub enum Command {
     PrintCapabilities,
     /// Print [`summary`]; everything was found to be right.
     CheckConfig(Config),
+    /// Show what an instance has measured.
+    Faults(Faults),
+    /// Remove what a killed process has left.
+    Unload(Unload),
 }
 
 /// Why there is no [`Command`].
@@ -159,6 +179,9 @@ where
         return Ok(Command::PrintCapabilities);
     }
     let mut options = Options::try_parse_from(args)?;
+    if let Some(sub) = options.command.take() {
+        return Ok(sub.into());
+    }
     let check = options.check_config;
     let config = match options.config.take() {
         Some(file) => {
@@ -166,6 +189,8 @@ where
             // What is about the process may be overridden for one run.
             config.workers = options.workers.unwrap_or(config.workers);
             config.log = options.log.or(config.log);
+            config.instance = options.instance.unwrap_or(config.instance);
+            config.fault_latency = options.fault_latency.unwrap_or(config.fault_latency);
             config
         }
         None => single_port(options)?,
@@ -248,7 +273,13 @@ fn single_port(options: Options) -> Result<Config, Problem> {
     config::check_port(&port)?;
     let ports = vec![port];
     config::check_ports(&ports).map_err(|(_, problem)| problem)?;
-    Ok(Config { workers: options.workers.unwrap_or(1), log: options.log, ports })
+    Ok(Config {
+        workers: options.workers.unwrap_or(1),
+        log: options.log,
+        instance: options.instance.unwrap_or_else(|| config::default_instance(&ports[0].name)),
+        fault_latency: options.fault_latency.unwrap_or_default(),
+        ports,
+    })
 }
 
 fn number(text: &str) -> Result<i64, Problem> {

@@ -64,8 +64,37 @@ pub struct Config {
     pub workers: u16,
     /// Log filter in the syntax of `RUST_LOG`; `None` means the variable, or else `info`.
     pub log: Option<String>,
+    /// The name under which what the kernel measures of this process can be read.
+    pub instance: String,
+    /// Whether it measures.
+    pub fault_latency: FaultLatency,
     /// At least one port; names, sockets and taps are all different.
     pub ports: Vec<PortConfig>,
+}
+
+/// Whether stalls on missing guest memory are measured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FaultLatency {
+    /// Where that costs nothing while nothing faults; by the costlier way only while a migration needs it.
+    #[default]
+    Auto,
+    /// Always.
+    On,
+    /// Never.
+    Off,
+}
+
+impl std::str::FromStr for FaultLatency {
+    type Err = Problem;
+
+    fn from_str(text: &str) -> Result<Self, Problem> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "on" => Ok(Self::On),
+            "off" => Ok(Self::Off),
+            _ => Err(Problem::FaultLatency(text.to_owned())),
+        }
+    }
 }
 
 /// One vhost-user device and its uplink.
@@ -297,6 +326,17 @@ pub enum Problem {
     /// One fd in two roles of one port.
     #[error("fd {0} is given both as control socket and as tap, give two different ones")]
     FdTwice(RawFd),
+    /// A name that the BPF file system could not carry.
+    #[error(
+        "instance '{0}' is not usable, take 1 to {MAX_NAME_LEN} of the characters A-Z a-z 0-9 _ - and not xdp- first"
+    )]
+    Instance(String),
+    /// No interval to watch at.
+    #[error("'{0}' is no interval, give seconds from 0.1 to 86400")]
+    Interval(String),
+    /// Neither auto, on nor off.
+    #[error("fault-latency is '{0}', choose auto, on or off")]
+    FaultLatency(String),
     /// A log filter that does not parse.
     #[error("log filter '{0}' is not valid, use error, warn, info, debug, trace or the syntax of RUST_LOG")]
     Log(String),
@@ -420,6 +460,30 @@ pub(crate) fn default_name(endpoint: &Endpoint) -> String {
             if name.is_empty() { "port".to_owned() } else { name }
         }
     }
+}
+
+/// Names of instances are folders in the BPF file system, which allows no dots.
+fn is_instance_letter(c: char) -> bool {
+    c.is_ascii_alphanumeric() || c == '_' || c == '-'
+}
+
+/// Folders with this beginning are interfaces'.
+const INTERFACE_PINS: &str = "xdp-";
+
+/// A name for an instance that was given none, from that of its configuration file or its port.
+pub(crate) fn default_instance(from: &str) -> String {
+    let letter = |c: char| if is_instance_letter(c) { c } else { '_' };
+    let name: String = from.chars().map(letter).take(MAX_NAME_LEN).collect();
+    if instance(&name).is_ok() { name } else { "vhost-user-net".to_owned() }
+}
+
+/// Checks an instance's name.
+pub fn instance(text: &str) -> Result<String, Problem> {
+    let is_name = (1..=MAX_NAME_LEN).contains(&text.len()) && text.chars().all(is_instance_letter);
+    if !is_name || text.starts_with(INTERFACE_PINS) {
+        return Err(Problem::Instance(text.to_owned()));
+    }
+    Ok(text.to_owned())
 }
 
 /// Checks the values of one port against each other.

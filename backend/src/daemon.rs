@@ -7,6 +7,7 @@
 use crate::config::{Config, PortConfig, Postcopy, PostcopyMultiqueue, UplinkSpec};
 use crate::memory::sigbus::MAX_LIVE_MAPPINGS;
 use crate::net::counters::PairCounters;
+use crate::observe::{self, Observer};
 use crate::port::connection::{Endpoint, EndpointError};
 use crate::port::control::Control;
 use crate::port::helper::Helper;
@@ -241,9 +242,17 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
         let postcopy = offers_postcopy(&port, userfaultfd.as_ref())?;
         ports.push(Port::new(id, port, uplink, counters, endpoint, mem_slots, postcopy));
     }
+    let settings = observe::Settings {
+        instance: config.instance,
+        latency: config.fault_latency,
+        ports: ports.iter().map(|port| port.name().to_owned()).collect(),
+    };
+    let observer =
+        Observer::start(settings).map_err(|error| DaemonError::System("observer thread", error))?;
+    observer.handle().register_worker(0);
     let mut workers = Vec::new();
     for index in 1..config.workers {
-        workers.push(spawn(index, mailbox.postbox())?);
+        workers.push(spawn(index, mailbox.postbox(), observer.handle())?);
     }
     for attachment in attachments {
         match routes.worker_of(&workers, attachment.key) {
@@ -252,7 +261,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
         }
     }
     let helper = Helper::start().map_err(|error| DaemonError::System("control helper thread", error))?;
-    let mut control = Control::new(ports, helper);
+    let mut control = Control::new(ports, helper, observer);
     control.start(&mut reactor);
     tracing::info!("listening for front-ends");
     let crew = Crew { workers: &workers, routes: &routes };
@@ -355,6 +364,7 @@ fn serve(
         }
         busy = datapath.round(reactor);
         busy |= exchange(reactor, datapath, control, crew);
+        busy |= control.hear_stalls();
         if control.ended() {
             return Ok(());
         }

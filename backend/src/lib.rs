@@ -9,6 +9,7 @@ pub mod config;
 pub mod daemon;
 pub mod memory;
 pub mod net;
+pub mod observe;
 pub mod port;
 pub mod postcopy;
 pub mod reactor;

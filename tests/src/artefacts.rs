@@ -25,6 +25,9 @@ pub struct Artefacts {
     pub qemu_data: Vec<PathBuf>,
     /// The guest's kernel.
     pub kernel: PathBuf,
+    /// A guest kernel of 6.12 or newer, which lets functions be traced; the demonstration goes without it.
+    #[serde(default)]
+    pub newer_kernel: Option<PathBuf>,
     /// The guest's initramfs.
     pub initramfs: PathBuf,
     /// The `dpdk-testpmd` program; the demonstration goes without it.
@@ -40,7 +43,9 @@ impl Artefacts {
         let found: Self =
             serde_json::from_str(&text).with_context(|| format!("{} is damaged", list.display()))?;
         let programs = [&found.qemu, &found.kernel, &found.initramfs];
-        for path in programs.into_iter().chain(&found.qemu_data).chain(&found.testpmd) {
+        for path in
+            programs.into_iter().chain(&found.qemu_data).chain(&found.testpmd).chain(&found.newer_kernel)
+        {
             ensure!(path.exists(), "{} is gone; `cargo xtask setup` brings it back", path.display());
         }
         ensure!(
@@ -58,6 +63,11 @@ impl Artefacts {
     /// The `dpdk-testpmd` program, or what to do about its absence.
     pub fn testpmd(&self) -> Result<&Path> {
         self.testpmd.as_deref().context("there is no dpdk-testpmd; `cargo xtask setup` installs it")
+    }
+
+    /// The newer guest kernel, or what to do about its absence.
+    pub fn newer_kernel(&self) -> Result<&Path> {
+        self.newer_kernel.as_deref().context("there is no newer guest kernel; `cargo xtask setup` fetches it")
     }
 
     /// Writes the list.

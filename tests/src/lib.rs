@@ -18,14 +18,16 @@
 //! | [`xdp`] | ports on one interface, and what is outside of it |
 //! | `wire` | numbered frames, put on a tap and captured from it |
 //! | `bed` | the usual arrangements of all these |
+//! | [`cpio`] | an initramfs |
+//! | [`stalls`] | page faults of known length, and what was measured of them |
 //! | [`rawfront`] | a front-end that can do anything wrong, and a small driver that does it right |
 #![deny(missing_docs)]
 
 mod artefacts;
 mod backend;
 mod bed;
+pub mod cpio;
 mod flood;
-
 mod hugepages;
 mod migration;
 mod netns;
@@ -39,6 +41,7 @@ mod relay;
 mod scenario;
 mod serial;
 mod sniff;
+pub mod stalls;
 mod testpmd;
 mod transfer;
 mod virtio_user;

@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::config::{Endpoint, Postcopy, PostcopyMultiqueue};
+use std::time::Duration;
 
 fn run(line: &str) -> Result<Command, CliError> {
     parse_from(std::iter::once("vhost-user-net").chain(line.split_whitespace()))
@@ -33,7 +34,14 @@ fn one_port_from_options() {
         postcopy: Postcopy::Auto,
         postcopy_multiqueue: PostcopyMultiqueue::Off,
     };
-    assert_eq!(config, Config { workers: 2, log: Some("debug".into()), ports: vec![port] });
+    let expected = Config {
+        workers: 2,
+        log: Some("debug".into()),
+        instance: "vm1".into(),
+        fault_latency: FaultLatency::Auto,
+        ports: vec![port],
+    };
+    assert_eq!(config, expected);
 }
 
 #[test]
@@ -119,6 +127,15 @@ const ERRORS: &[(&str, &str)] = &[
     ("--config f --mtu 1400", "error: the argument '--config <FILE>' cannot be used with '--mtu <BYTES>'"),
     ("--config /nonexistent/f",
         "/nonexistent/f: cannot be read (No such file or directory (os error 2)), check the path and its permissions"),
+    ("--fd 3 --uplink null --instance a/b",
+        "error: invalid value 'a/b' for '--instance <NAME>': instance 'a/b' is not usable, take 1 to 64 of the characters A-Z a-z 0-9 _ - and not xdp- first"),
+    ("--fd 3 --uplink null --fault-latency sometimes",
+        "error: invalid value 'sometimes' for '--fault-latency <WHEN>': fault-latency is 'sometimes', choose auto, on or off"),
+    ("faults --watch 0",
+        "error: invalid value '0' for '--watch [<SECONDS>]': '0' is no interval, give seconds from 0.1 to 86400"),
+    ("unload --all eth0", "error: the argument '--all' cannot be used with '[IFACE]'"),
+    ("unload eth0 --instance a", "error: the argument '[IFACE]' cannot be used with '--instance <NAME>'"),
+    ("--fd 3 faults", "error: the subcommand 'faults' cannot be used with '--fd <N>'"),
     ("--bogus", "error: unexpected argument '--bogus' found"),
     ("--fd 3 --fd 4 --uplink null", "error: the argument '--fd <N>' cannot be used multiple times"),
 ];
@@ -132,6 +149,37 @@ fn every_error_is_one_clear_sentence() {
     }
     let error = run("--fd 3 --uplink null --disable-protocol-feature warp").expect_err("feature");
     assert!(error.to_string().contains("'warp' is not a protocol feature, choose from: mq log-shmfd rarp"));
+}
+
+#[test]
+fn commands() {
+    let faults = |line| match run(line) {
+        Ok(Command::Faults(what)) => what,
+        other => panic!("{line}: {other:?}"),
+    };
+    assert_eq!(faults("faults"), Faults::default());
+    let all = Faults { instance: Some("web".into()), json: true, watch: Some(Duration::from_millis(500)) };
+    assert_eq!(faults("faults --instance web --json --watch 0.5"), all);
+    assert_eq!(faults("faults --watch --json").watch, Some(Duration::from_secs(1)));
+    for (line, what) in [
+        ("unload", Unload::Instance(None)),
+        ("unload --instance web", Unload::Instance(Some("web".into()))),
+        ("unload eth0.7", Unload::Interface("eth0.7".into())),
+        ("unload --all", Unload::All),
+    ] {
+        assert_eq!(run(line).expect(line), Command::Unload(what), "{line}");
+    }
+}
+
+#[test]
+fn what_is_measured_and_as_what() {
+    let of = |line| {
+        let config = config(line);
+        (config.instance, config.fault_latency)
+    };
+    let both = of("--socket-path /run/vm.1.sock --uplink null --instance web --fault-latency off");
+    assert_eq!(both, ("web".into(), FaultLatency::Off));
+    assert_eq!(of("--socket-path /run/vm.1.sock --uplink null"), ("vm_1".into(), FaultLatency::Auto));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! Here: the file's shape and how its errors find their line. The rules for values are in `config.rs`.
 #![forbid(unsafe_code)]
 
-use super::{Config, PortConfig, Problem, UplinkSpec};
+use super::{Config, FaultLatency, PortConfig, Problem, UplinkSpec};
 use serde::Deserialize;
 use std::fmt;
 use std::ops::Range;
@@ -46,6 +46,8 @@ impl std::error::Error for ConfigError {}
 struct File {
     workers: Option<Spanned<i64>>,
     log: Option<Spanned<String>>,
+    instance: Option<Spanned<String>>,
+    fault_latency: Option<Spanned<String>>,
     #[serde(default)]
     port: Vec<Spanned<Port>>,
 }
@@ -103,6 +105,9 @@ pub fn parse_text(text: &str, file: &Path) -> Result<Config, ConfigError> {
         }
         None => None,
     };
+    let whole = |(span, problem): Placed| error(span, None, problem.to_string());
+    let instance = checked(&parsed.instance, |name| super::instance(name)).map_err(whole)?;
+    let fault_latency = checked(&parsed.fault_latency, |text| text.parse::<FaultLatency>()).map_err(whole)?;
     let mut ports = Vec::with_capacity(parsed.port.len());
     for port in &parsed.port {
         let name = port.get_ref().name.as_ref().map(|n| n.get_ref().as_str());
@@ -115,7 +120,15 @@ pub fn parse_text(text: &str, file: &Path) -> Result<Config, ConfigError> {
         let span = index.map(|i| parsed.port[i].span());
         error(span, index.map(|i| ports[i].name.as_str()), problem.to_string())
     })?;
-    Ok(Config { workers, log, ports })
+    Ok(Config {
+        workers,
+        log,
+        instance: instance.unwrap_or_else(|| {
+            super::default_instance(&file.file_stem().map(|s| s.to_string_lossy()).unwrap_or_default())
+        }),
+        fault_latency: fault_latency.unwrap_or_default(),
+        ports,
+    })
 }
 
 /// A problem and, if it is about one value, that value's place in the text.

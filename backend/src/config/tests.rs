@@ -15,6 +15,8 @@ fn full_file() {
         r#"
         workers = 3
         log = "warn,vhost_user_net=debug"
+        instance = "cloud-7"
+        fault-latency = "on"
         [[port]]
         name = "web"
         socket = "/run/web.sock"
@@ -68,7 +70,14 @@ fn full_file() {
         postcopy_multiqueue: PostcopyMultiqueue::Off,
     };
     let log = Some("warn,vhost_user_net=debug".into());
-    assert_eq!(config, Config { workers: 3, log, ports: vec![first, second, third] });
+    let expected = Config {
+        workers: 3,
+        log,
+        instance: "cloud-7".into(),
+        fault_latency: FaultLatency::On,
+        ports: vec![first, second, third],
+    };
+    assert_eq!(config, expected);
 }
 
 #[test]
@@ -192,13 +201,32 @@ const ERRORS: &[(&str, &str, &str)] = &[
         "ports.toml:1: port 'a': fd 4 is given both as control socket and as tap, give two different ones"),
     ("unknown key", "[[port]]\nsocket='s'\nuplink='null'\nqueues=2",
         "ports.toml:4: unknown field `queues`, expected one of `name`, `socket`, `fd`, `client`, `uplink`, `queue-pairs`, `mtu`, `mac`, `disable-protocol-features`, `postcopy`, `postcopy-multiqueue`, correct the file's syntax, keys or types"),
+    ("instance", "instance = 'a.b'",
+        "ports.toml:1: instance 'a.b' is not usable, take 1 to 64 of the characters A-Z a-z 0-9 _ - and not xdp- first"),
+    ("instance of an interface", "instance = 'xdp-eth0'",
+        "ports.toml:1: instance 'xdp-eth0' is not usable, take 1 to 64 of the characters A-Z a-z 0-9 _ - and not xdp- first"),
+    ("fault latency", "\nfault-latency = 'yes'", "ports.toml:2: fault-latency is 'yes', choose auto, on or off"),
     ("unknown top key", "threads = 2",
-        "ports.toml:1: unknown field `threads`, expected one of `workers`, `log`, `port`, correct the file's syntax, keys or types"),
+        "ports.toml:1: unknown field `threads`, expected one of `workers`, `log`, `instance`, `fault-latency`, `port`, correct the file's syntax, keys or types"),
     ("wrong type", "[[port]]\nsocket='s'\nuplink='null'\nmtu='big'",
         "ports.toml:4: invalid type: string \"big\", expected i64, correct the file's syntax, keys or types"),
     ("syntax", "[[port]]\nsocket = \n",
         "ports.toml:2: string values must be quoted, expected literal string, correct the file's syntax, keys or types"),
 ];
+
+#[test]
+fn an_instance_is_called_like_its_file_or_port_as_far_as_that_is_possible() {
+    assert_eq!(parse("[[port]]\nsocket = 's'\nuplink = 'null'").expect("valid").instance, "ports");
+    for (from, expected) in [
+        ("vm1", "vm1"),
+        ("my.web server", "my_web_server"),
+        ("", "vhost-user-net"),
+        ("xdp-eth0", "vhost-user-net"),
+    ] {
+        assert_eq!(default_instance(from), expected);
+        assert!(instance(expected).is_ok());
+    }
+}
 
 #[test]
 fn every_error_is_one_clear_sentence() {

@@ -2,6 +2,7 @@
 //! Calls here can sleep (fstatfs, mmap, munmap of large memory): control helper thread only (rule 1).
 
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 
@@ -248,6 +249,11 @@ impl Mapping {
     /// What mmap(2) says.
     pub fn give_up(&self) -> Result<(), Errno> {
         self.map.give_up()
+    }
+
+    /// Addresses of our mapping, for those who observe the process. Numbers, not pointers.
+    pub fn host_range(&self) -> Range<u64> {
+        self.host_addr()..self.host_addr() + self.spec.size
     }
 
     /// The file, for a second look at which pages exist, and for handing it on.

@@ -13,6 +13,7 @@
 //! release, so that entries and buffers before it are. Event fields are relaxed; their users put the full fence that
 //! §2.7.7 and §2.7.10 need between a store and the load that follows.
 
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -57,6 +58,29 @@ pub struct RingLayout {
     pub log_used: Option<u64>,
     /// VIRTIO_F_EVENT_IDX: the rings end with an event field.
     pub event_idx: bool,
+}
+
+impl RingLayout {
+    /// Lengths of descriptor table, available and used ring, bytes.
+    fn lens(&self) -> [u64; 3] {
+        let entries = u64::from(self.size);
+        let event = if self.event_idx { EVENT_SIZE } else { 0 };
+        [
+            entries * u64::from(DESC_SIZE),
+            RING as u64 + entries * AVAIL_ELEM as u64 + event,
+            RING as u64 + entries * USED_ELEM as u64 + event,
+        ]
+    }
+
+    /// Where its parts are in our address space, as far as `mem` has them: numbers, for those who observe the process.
+    pub fn host_ranges(self, mem: &GuestMemory) -> impl Iterator<Item = Range<u64>> {
+        let parts = [self.desc_user, self.avail_user, self.used_user];
+        parts.into_iter().zip(self.lens()).filter_map(|(user, len)| {
+            let found = mem.find_user(user, len)?;
+            let start = found.mapping.host_addr() + found.offset;
+            Some(start..start + len)
+        })
+    }
 }
 
 /// Which part of a ring an error is about.
@@ -170,11 +194,7 @@ impl RingView {
         if !size.is_power_of_two() || size > MAX_QUEUE_SIZE {
             return Err(RingError::Size(size));
         }
-        let entries = u64::from(size);
-        let event = if layout.event_idx { EVENT_SIZE } else { 0 };
-        let desc_len = entries * u64::from(DESC_SIZE);
-        let avail_len = RING as u64 + entries * AVAIL_ELEM as u64 + event;
-        let used_len = RING as u64 + entries * USED_ELEM as u64 + event;
+        let [desc_len, avail_len, used_len] = layout.lens();
         let areas = [
             Area::new(mem, RingPart::Descriptors, layout.desc_user, desc_len, DESC_ALIGN)?,
             Area::new(mem, RingPart::Available, layout.avail_user, avail_len, AVAIL_ALIGN)?,

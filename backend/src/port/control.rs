@@ -8,8 +8,10 @@ use super::Port;
 use super::connection::{Connection, Endpoint, client_socket};
 use super::faulting::{DRAIN_PATIENCE, Retiring};
 use super::helper::{Helper, Job, JobDone};
+use super::observed::Observation;
 use super::plan::{Purpose, Step as PlanStep};
 use super::token::{ControlToken, PortOp};
+use crate::observe::Observer;
 use crate::postcopy::engine::Engine;
 use crate::reactor::message::{RECV_FDS, UnixAddress};
 use crate::reactor::{Done, Reactor, crowd};
@@ -28,6 +30,7 @@ pub struct Control {
     pub(super) helper: Helper,
     epochs: Vec<u32>,
     pub(super) commands: Vec<(PairKey, Command)>,
+    pub(super) observation: Observation,
     ended: bool,
     pub(super) engine: Engine,
     /// Given-up regions with populates under way.
@@ -35,14 +38,18 @@ pub struct Control {
 }
 
 impl Control {
-    /// Control over these ports; `helper` does what may sleep.
-    pub fn new(ports: Vec<Port>, helper: Helper) -> Self {
+    /// Control over these ports; `helper` does what may sleep, `observer` measures.
+    pub fn new(mut ports: Vec<Port>, helper: Helper, observer: Observer) -> Self {
         let epochs = vec![0; ports.len()];
+        for port in &mut ports {
+            port.observer = observer.handle();
+        }
         Self {
             ports,
             helper,
             epochs,
             commands: Vec::new(),
+            observation: Observation::new(observer),
             ended: false,
             engine: Engine::default(),
             retiring: Vec::new(),
@@ -52,6 +59,7 @@ impl Control {
     /// Starts listening, connecting and hearing.
     pub fn start<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>) {
         reactor.poll(self.helper.bell(), libc::POLLIN, ControlToken::Helper.into());
+        self.observation.start(reactor);
         for port in 0..self.ports.len() {
             self.await_front_end(reactor, port);
         }
@@ -77,6 +85,12 @@ impl Control {
         for port in &self.ports {
             tracing::info!(port = port.name(), "{}", port.summary());
         }
+        self.observation.log();
+    }
+
+    /// Hears of stalls that have ended. True if more are left for the next turn.
+    pub fn hear_stalls(&mut self) -> bool {
+        self.observation.hear(&mut self.ports)
     }
 
     pub(super) fn token(&self, port: usize, what: PortOp) -> ControlToken {
@@ -164,6 +178,9 @@ impl Control {
                 if let Done::Populated(result) = &done {
                     self.populated(reactor, region, page, result);
                 }
+            }
+            ControlToken::Observer | ControlToken::Stalls => {
+                self.observation.completion(reactor, token, &done);
             }
             ControlToken::Port { port, epoch, what } => {
                 if self.epochs.get(usize::from(port)) == Some(&epoch) {

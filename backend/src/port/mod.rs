@@ -17,6 +17,7 @@ mod faulting;
 mod fds;
 pub mod helper;
 mod limit;
+mod observed;
 pub mod plan;
 mod postcopy;
 mod report;
@@ -26,9 +27,11 @@ use crate::config::{PortConfig, PostcopyMultiqueue};
 use crate::memory::{DirtyLog, GuestMemory};
 use crate::net::counters::{PairCounters, PairCounts};
 use crate::net::features;
+use crate::observe;
 use crate::reactor::PeerFd;
 use crate::session::{ConfigSpace, Session, SessionConfig, protocol_feature};
 use crate::uplink::{FrameFormat, Uplink};
+use crate::virtq::QueueConfig;
 use connection::Connection;
 use limit::LogLimit;
 use plan::Plan;
@@ -80,6 +83,12 @@ pub struct Port {
     pub(crate) brought_strangers: bool,
     /// Warnings about messages that were not obeyed, whether logged or not.
     pub(crate) refused: u64,
+    /// Where its running rings are, by index, for the observer.
+    pub(crate) rings: Vec<Option<QueueConfig>>,
+    /// Learns what the port's memory is.
+    pub(crate) observer: observe::Handle,
+    /// Stalls on the port's memory that were measured.
+    pub(crate) stalls: observe::events::Totals,
 }
 
 impl Port {
@@ -117,6 +126,9 @@ impl Port {
             failures: 0,
             brought_strangers: false,
             refused: 0,
+            rings: vec![None; 2 * pairs],
+            observer: observe::Handle::default(),
+            stalls: observe::events::Totals::default(),
         }
     }
 

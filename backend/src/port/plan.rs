@@ -7,6 +7,7 @@ use super::postcopy::Awaited;
 use super::{Port, fds};
 use crate::memory::{GuestMemory, Mapping, RegionSpec};
 use crate::net::features;
+use crate::observe::trace;
 use crate::postcopy::engine::{Engine, RegionId};
 use crate::postcopy::uffd::Userfaultfd;
 use crate::reactor::PeerFd;
@@ -134,10 +135,12 @@ impl Port {
             Effect::StartRing { index, config, kick } => self.start_ring(index, config, kick)?,
             Effect::UpdateRing { index, config } => {
                 let (direction, config) = (Direction::of_ring(index), queue_config(&config));
+                self.place_ring(index, Some(config));
                 self.tell_pair(index, Command::Update { direction, config });
             }
             Effect::StopRing { index } => {
                 self.plan.stopping = Some(index);
+                self.place_ring(index, None);
                 self.tell_pair(index, Command::Stop { direction: Direction::of_ring(index) });
                 self.steer(index, false);
             }
@@ -209,6 +212,7 @@ impl Port {
     pub(super) fn replace_memory(&mut self, memory: GuestMemory, engine: &mut Engine) {
         let gone = self.forget_regions(&memory, engine);
         let old = std::mem::replace(&mut self.memory, memory);
+        self.show_memory();
         // Pairs first move to the new memory, then the old one may go.
         let share = self.share_memory();
         self.plan.steps.push_back(share);
@@ -247,6 +251,9 @@ impl Port {
 
     fn set_features(&mut self, acked: u64, log_all: bool) {
         self.plan.log_on_before = Some(self.log_on);
+        if self.log_on != log_all {
+            trace::phase(self.id, if log_all { trace::Phase::Logging } else { trace::Phase::Normal });
+        }
         self.log_on = log_all;
         self.configure(acked);
         let snapshot = self.snapshot();
@@ -288,6 +295,7 @@ impl Port {
         self.steer(index, enabled);
         self.plan.starting = Some(index);
         let config = queue_config(&config);
+        self.place_ring(index, Some(config));
         self.tell_pair(index, Command::Start { direction, config, kick, enabled });
         Ok(())
     }
@@ -408,6 +416,8 @@ impl Port {
         self.configure(0);
         self.check_log();
         let memory = std::mem::replace(&mut self.memory, GuestMemory::empty());
+        self.rings.fill(None);
+        self.show_memory();
         let log = self.log.take();
         self.log_on = false;
         let awaited = self.forget_regions(&GuestMemory::empty(), engine);

@@ -58,6 +58,9 @@ impl Port {
             ));
         }
         words.extend(Some(self.uplink.report()).filter(|report| !report.is_empty()));
+        if self.stalls.stalls > 0 {
+            words.push(self.stalls.to_string());
+        }
         if words.is_empty() { "no packets".into() } else { words.join(" ") }
     }
 }

@@ -8,6 +8,10 @@ pub enum ControlToken {
     Signal,
     /// The helper's bell.
     Helper,
+    /// The observer's bell.
+    Observer,
+    /// Stalls have ended.
+    Stalls,
     /// A page that was asked for.
     Populate {
         /// The fault engine's region.

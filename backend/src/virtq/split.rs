@@ -45,7 +45,8 @@ pub struct QueueConfig {
 }
 
 impl QueueConfig {
-    fn layout(&self) -> RingLayout {
+    /// Where the ring's memory is.
+    pub fn layout(&self) -> RingLayout {
         RingLayout {
             size: self.size,
             desc_user: self.desc_user,

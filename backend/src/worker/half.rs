@@ -48,11 +48,11 @@ impl Ring {
         Ok(())
     }
 
-    /// Looks again, parked or not: memory is new, or more of it has arrived.
-    pub(super) fn look_again(&mut self) {
-        self.parked = None;
+    /// Looks again, parked or not: memory is new, or more of it has arrived. True if it was parked.
+    pub(super) fn look_again(&mut self) -> bool {
         self.pending = true;
         self.look_ahead = true;
+        self.parked.take().is_some()
     }
 
     /// It cannot go on before this has arrived.

@@ -12,6 +12,7 @@ use super::{Attachment, Command, Direction, Event, PairKey, PairToken, Reply, To
 use crate::memory::GuestMemory;
 use crate::net::counters::PairCounters;
 use crate::net::rx::Receiver;
+use crate::observe::trace;
 use crate::reactor::{Done, OpId, Reactor};
 use crate::uplink::UplinkQueue;
 use crate::virtq::{QueueConfig, SplitQueue};
@@ -21,7 +22,7 @@ use std::time::Instant;
 
 /// A queue pair.
 pub struct Pair {
-    key: PairKey,
+    pub(super) key: PairKey,
     slot: u32,
     pub(super) memory: GuestMemory,
     pub(super) features: u64,
@@ -158,9 +159,13 @@ impl Pair {
                 self.half(direction).error.replace(reactor, fd);
             }
             Command::Arrived => {
-                for half in [&mut self.rx, &mut self.tx] {
-                    match &mut half.ring {
-                        Some(ring) if ring.parked.is_some() => ring.look_again(),
+                let key = self.key;
+                for direction in [Direction::Receive, Direction::Transmit] {
+                    match &mut self.half(direction).ring {
+                        Some(ring) if ring.parked.is_some() => {
+                            ring.look_again();
+                            trace::resume(key, direction);
+                        }
                         Some(ring) => ring.look_ahead |= ring.blind,
                         None => {}
                     }
@@ -196,9 +201,14 @@ impl Pair {
                 // A frame that waits for more buffers has taken some, whose pages may be missing now.
                 self.receiver.abandon(&mut ring.queue, &self.counters);
             }
+            let key = self.key;
             let Some(ring) = &mut self.half(direction).ring else { continue };
             match ring.queue.remap(&memory) {
-                Ok(()) => ring.look_again(),
+                Ok(()) => {
+                    if ring.look_again() {
+                        trace::resume(key, direction);
+                    }
+                }
                 Err(error) => {
                     let why = format!("it is not in the new memory table: {error}");
                     self.give_up(reactor, direction, why, shared);
@@ -222,6 +232,7 @@ impl Pair {
             Err(error) => return Reply::Failed(format!("ring cannot start: {error}")),
         };
         queue.disable_kicks();
+        trace::ring_start(self.key, direction, queue.base());
         let half = self.half(direction);
         half.enabled = enabled;
         // Looked at once without waiting for a kick: it may have come before we listened (vhost #343, #375).
@@ -253,7 +264,9 @@ impl Pair {
             Ok(queue) => {
                 ring.queue = queue;
                 ring.listening = true;
-                ring.look_again();
+                if ring.look_again() {
+                    trace::resume(self.key, direction);
+                }
                 Reply::Done
             }
             Err(error) => Reply::Failed(format!("ring cannot move: {error}")),
@@ -336,6 +349,7 @@ impl Pair {
             self.receiver = Receiver::default();
         }
         self.half(direction).last_base = ring.queue.base();
+        trace::ring_stop(self.key, direction, ring.queue.base());
         self.watch_uplink(reactor);
     }
 

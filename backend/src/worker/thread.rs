@@ -4,6 +4,7 @@
 
 use super::datapath::Datapath;
 use super::{PairToken, ToControl, ToWorker};
+use crate::observe;
 use crate::reactor::{Mailbox, Postbox, Reactor, SetupError};
 use std::io;
 use std::sync::mpsc;
@@ -39,11 +40,15 @@ pub enum SpawnError {
     Ended,
 }
 
-/// Starts a worker that reports to `control`.
+/// Starts a worker that reports to `control`, and tells `observer` which thread it is.
 ///
 /// # Errors
 /// See [`SpawnError`].
-pub fn spawn(index: u16, control: Postbox<ToControl>) -> Result<Worker, SpawnError> {
+pub fn spawn(
+    index: u16,
+    control: Postbox<ToControl>,
+    observer: observe::Handle,
+) -> Result<Worker, SpawnError> {
     let (tell, hear) = mpsc::channel();
     let thread = Builder::new()
         .name(format!("worker-{index}"))
@@ -53,6 +58,7 @@ pub fn spawn(index: u16, control: Postbox<ToControl>) -> Result<Worker, SpawnErr
                 Ok(reactor) => reactor,
                 Err(error) => return drop(tell.send(Err(error))),
             };
+            observer.register_worker(index);
             let mailbox = Mailbox::new(reactor.ring_fd());
             let _ = tell.send(Ok(mailbox.postbox()));
             if let Err(error) = run(reactor, &mailbox, &control) {

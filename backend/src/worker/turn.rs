@@ -11,6 +11,7 @@ use crate::net::counters::PairCounters;
 use crate::net::features;
 use crate::net::rx::RxSettings;
 use crate::net::tx::{self, End, TxSettings};
+use crate::observe::trace;
 use crate::reactor::Reactor;
 use crate::virtq::SplitQueue;
 
@@ -62,6 +63,7 @@ impl Pair {
                 End::Parked(range) => {
                     ring.park(range);
                     self.counters.parks.add(1);
+                    trace::park(self.key, Direction::Transmit, &range);
                     Ok(())
                 }
                 End::UplinkFull => {
@@ -126,6 +128,7 @@ impl Pair {
                 End::Parked(range) => {
                     ring.park(range);
                     self.counters.parks.add(1);
+                    trace::park(self.key, Direction::Receive, &range);
                     Ok(())
                 }
                 End::UplinkDown(why) => {

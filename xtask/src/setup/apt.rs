@@ -20,6 +20,7 @@ pub struct Apt {
     pub codename: String,
     dir: PathBuf,
     updated: Cell<bool>,
+    backports_updated: Cell<bool>,
 }
 
 /// One place that packages come from.
@@ -45,7 +46,12 @@ impl Apt {
         let id = field("ID").unwrap_or_default();
         ensure!(id == "debian", "this machine is not Debian (ID={id})");
         let codename = field("VERSION_CODENAME").context("/etc/os-release has no VERSION_CODENAME")?;
-        Ok(Self { codename, dir: dir.to_owned(), updated: Cell::new(false) })
+        Ok(Self {
+            codename,
+            dir: dir.to_owned(),
+            updated: Cell::new(false),
+            backports_updated: Cell::new(false),
+        })
     }
 
     /// Installs packages without what they merely recommend.
@@ -77,6 +83,15 @@ impl Apt {
 
     /// Downloads packages of the release's backports, by a source list of our own.
     pub fn download_backports(&self, packages: &[&str], to: &Path) -> Result<Vec<PathBuf>> {
+        let options = self.backports()?;
+        let suite = format!("{}-backports", self.codename);
+        println!("setup:   downloading {} from {suite}", packages.join(" "));
+        let mut apt_get = Command::new("apt-get");
+        fetch(apt_get.args(options).args(["-q", "-t", &suite, "download"]).args(packages), to)
+    }
+
+    /// Options by which apt sees the release's backports and nothing else; their lists are up to date.
+    fn backports(&self) -> Result<Vec<String>> {
         let suite = format!("{}-backports", self.codename);
         let source = machine_sources()
             .into_iter()
@@ -94,34 +109,32 @@ impl Apt {
             stanza.push_str(&format!("Signed-By: {key}\n"));
         }
         fs::write(parts.join("backports.sources"), stanza)?;
-        let options = [
+        let options: Vec<String> = [
             "Dir::Etc::SourceList=/dev/null".to_owned(),
             format!("Dir::Etc::SourceParts={}", parts.display()),
             format!("Dir::State::Lists={}", apt_dir.join("lists").display()),
             format!("Dir::Cache={}", apt_dir.join("cache").display()),
             "APT::Sandbox::User=root".to_owned(),
-        ];
-        let apt_get = || {
-            let mut command = Command::new("apt-get");
-            for option in &options {
-                command.args(["-o", option]);
-            }
-            command
-        };
-        println!("setup:   downloading {} from {suite}", packages.join(" "));
-        output(apt_get().args(["-q", "update"]))?;
-        fetch(apt_get().args(["-q", "-t", &suite, "download"]).args(packages), to)
+        ]
+        .into_iter()
+        .flat_map(|option| ["-o".to_owned(), option])
+        .collect();
+        if !self.backports_updated.replace(true) {
+            println!("setup:   apt-get update of {suite}");
+            output(Command::new("apt-get").args(&options).args(["-q", "update"]))?;
+        }
+        Ok(options)
     }
 
     /// The package that a metapackage stands for: its first dependency that starts with `prefix`.
     pub fn behind(&self, metapackage: &str, prefix: &str) -> Result<String> {
         self.update()?;
-        let out = output(Command::new("apt-cache").args(["depends", "--important", metapackage]))?;
-        let text = String::from_utf8_lossy(&out.stdout).into_owned();
-        text.split_whitespace()
-            .find(|word| *word != metapackage && word.starts_with(prefix))
-            .map(str::to_owned)
-            .with_context(|| format!("{metapackage} depends on no {prefix}*"))
+        behind(&[], metapackage, prefix)
+    }
+
+    /// As [`Apt::behind`], in the release's backports.
+    pub fn behind_backports(&self, metapackage: &str, prefix: &str) -> Result<String> {
+        behind(&self.backports()?, metapackage, prefix)
     }
 
     /// Full names of packages that end in an ABI number, such as `librte-net-tap23`.
@@ -152,6 +165,15 @@ impl Apt {
         }
         Ok(())
     }
+}
+
+fn behind(options: &[String], metapackage: &str, prefix: &str) -> Result<String> {
+    let out = output(Command::new("apt-cache").args(options).args(["depends", "--important", metapackage]))?;
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    text.split_whitespace()
+        .find(|word| *word != metapackage && word.starts_with(prefix))
+        .map(str::to_owned)
+        .with_context(|| format!("{metapackage} depends on no {prefix}*"))
 }
 
 /// Which of these packages (names, or names without their ABI number) are installed.

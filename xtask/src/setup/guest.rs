@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use lab::cpio::Archive;
 
 use super::apt::{self, Apt};
-use super::cpio::Archive;
 
 /// Modules in the order in which they load.
 const MODULES: [&str; 10] = [
@@ -78,6 +78,27 @@ pub fn ensure_kernel(apt: &Apt, dir: &Path) -> Result<PathBuf> {
     fs::write(guest.join("modules/order"), order)?;
     fs::copy(image, &kernel)?;
     Ok(kernel)
+}
+
+/// Puts a kernel into `dir/guest` that lets functions be traced by BPF programs (6.x with BTF and the function tracer):
+/// Debian 12's from its backports, as its own is too old; any later Debian's own is new enough. Returns it.
+pub fn ensure_newer_kernel(apt: &Apt, dir: &Path, kernel: &Path) -> Result<PathBuf> {
+    if apt.codename != "bookworm" {
+        return Ok(kernel.to_owned());
+    }
+    let newer = dir.join("guest/vmlinuz-backports");
+    if newer.exists() {
+        return Ok(newer);
+    }
+    let package = apt.behind_backports("linux-image-cloud-amd64", "linux-image-")?;
+    let scratch = tempfile::tempdir_in(dir)?;
+    for file in apt.download_backports(&[&package], scratch.path())? {
+        apt::unpack(&file, &scratch.path().join("root"))?;
+    }
+    let image = find(&scratch.path().join("root/boot"), &|name| name.starts_with("vmlinuz-"))
+        .context("the package has no kernel")?;
+    fs::copy(image, &newer)?;
+    Ok(newer)
 }
 
 /// Makes the initramfs; the kernel must have been fetched before.

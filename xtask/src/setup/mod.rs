@@ -6,7 +6,6 @@
 #![forbid(unsafe_code)]
 
 pub mod apt;
-mod cpio;
 mod guest;
 
 use std::fs;
@@ -53,7 +52,8 @@ pub fn run(parts: Parts) -> Result<Artefacts> {
 
     if let Ok(found) = Artefacts::in_dir(&dir)
         && guest::is_current(&found.initramfs)
-        && (parts == Parts::Guest || found.testpmd.is_some() && has_dpdk_drivers() && has_bpftool())
+        && (parts == Parts::Guest
+            || found.testpmd.is_some() && found.newer_kernel.is_some() && has_dpdk_drivers() && has_bpftool())
     {
         println!("setup: the lab in {} is complete", dir.display());
         return Ok(found);
@@ -77,9 +77,13 @@ pub fn run(parts: Parts) -> Result<Artefacts> {
         Parts::Guest => Artefacts::in_dir(&dir).ok().and_then(|found| found.testpmd),
     };
     let kernel = step("guest kernel", || guest::ensure_kernel(&apt, &dir))?;
+    let newer_kernel = match parts {
+        Parts::All => Some(step("newer guest kernel", || guest::ensure_newer_kernel(&apt, &dir, &kernel))?),
+        Parts::Guest => Artefacts::in_dir(&dir).ok().and_then(|found| found.newer_kernel),
+    };
     let initramfs = step("guest initramfs", || guest::ensure_initramfs(&apt, &dir))?;
 
-    let artefacts = Artefacts { qemu, qemu_data, kernel, initramfs, testpmd };
+    let artefacts = Artefacts { qemu, qemu_data, kernel, newer_kernel, initramfs, testpmd };
     artefacts.store(&dir)?;
     let artefacts = Artefacts::in_dir(&dir)?;
     println!("setup: complete after {:.1} s, in {}", started.elapsed().as_secs_f32(), dir.display());

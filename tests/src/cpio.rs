@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 /// An archive that is being written.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct Archive {
     bytes: Vec<u8>,
     inode: u32,
