@@ -28,7 +28,7 @@ enum Task {
     Setup,
     /// Run all tests: unit tests, whole-program tests with real guests, a short run of the fuzzers
     Test(suite::Options),
-    /// Boot a guest, ping it, transfer data, migrate it live, and report what happened
+    /// Boot a guest, ping it, transfer data, migrate it live, by precopy and by postcopy, and report what happened
     Demo(demo::Options),
     /// Run the fuzz targets
     Fuzz(fuzz::Options),
