@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand};
 
-use crate::{cargo, target_dir};
+use crate::{cargo, postcopy_qemu, target_dir};
 
 /// What `cargo xtask bench` takes.
 #[derive(Args)]
@@ -21,6 +21,8 @@ enum What {
     Tap(Rest),
     /// Only the bare tap loops: plain, vectored and io_uring
     TapRaw(Rest),
+    /// Postcopy with real QEMUs: time until a guest's packets are back at full rate, ours and DPDK's
+    PostcopyQemu(postcopy_qemu::Options),
 }
 
 #[derive(Args)]
@@ -32,10 +34,14 @@ struct Rest {
 
 /// Builds and measures; false if the measurement failed (it has said why).
 pub fn run(options: &Options) -> Result<bool> {
-    let mut build = cargo();
-    build.args(["build", "--release", "-p", "vhost-user-net", "-p", "vubench"]);
-    ensure!(build.status().context("running cargo")?.success(), "the build failed");
     let release = target_dir().join("release");
+    if let What::PostcopyQemu(options) = &options.what {
+        if options.backend_bin.is_none() {
+            build(&["vhost-user-net"])?;
+        }
+        return postcopy_qemu::run(options, &release.join("vhost-user-net")).map(|()| true);
+    }
+    build(&["vhost-user-net", "vubench"])?;
     let mut measure = Command::new(release.join("vubench"));
     match &options.what {
         What::Tap(rest) => {
@@ -54,6 +60,15 @@ pub fn run(options: &Options) -> Result<bool> {
         What::TapRaw(rest) => {
             measure.arg("tap-raw").args(&rest.options);
         }
+        // It has been run above: it needs the lab, not vubench.
+        What::PostcopyQemu(_) => {}
     }
     Ok(measure.status().context("running vubench")?.success())
+}
+
+fn build(packages: &[&str]) -> Result<()> {
+    let mut build = cargo();
+    build.args(["build", "--release"]).args(packages.iter().flat_map(|package| ["-p", package]));
+    ensure!(build.status().context("running cargo")?.success(), "the build failed");
+    Ok(())
 }

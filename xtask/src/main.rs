@@ -7,6 +7,7 @@
 mod bench;
 mod demo;
 mod fuzz;
+mod postcopy_qemu;
 mod setup;
 mod suite;
 

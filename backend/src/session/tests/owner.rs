@@ -101,6 +101,7 @@ impl CheckedOwner {
                 assert!(self.userfaultfd && !self.listening, "listening without advice")
             }
             Effect::PostcopyArm => assert!(self.listening, "armed without listening"),
+            Effect::PostcopyWake => assert!(self.listening, "woken without listening"),
             Effect::PostcopyEnd => assert!(self.userfaultfd, "nothing to end"),
             Effect::PostcopyAdvise => assert!(!self.listening, "advised while listening"),
             Effect::RemMemReg { region } => {
