@@ -55,7 +55,7 @@ pub struct Options {
     #[arg(long, default_value_t = 3)]
     rounds: u32,
     /// Packets per second to the guest and back
-    #[arg(long, default_value_t = 2000)]
+    #[arg(long, default_value_t = 6000)]
     rate: u64,
     /// Bytes per second of the background stream, so that pages which are asked for have the link to themselves; 0: no limit
     #[arg(long, default_value_t = 16_000_000)]
@@ -152,9 +152,10 @@ fn once(lab: &Lab, binary: &Path, is_dpdk: bool, options: &Options, round: u32) 
         .run(&format!("dd if=/dev/zero bs=1M count={CHURN_MIB} 2>/dev/null | tr '\\0' x >/tmp/churn"))?;
     postcopy.apply(&mut source.qemu)?;
     postcopy.switch(&mut source.qemu)?;
-    let report = postcopy.finish(&mut source.qemu, &mut destination.qemu)?;
     let moved = moment_of_stop(&mut source.qemu)?;
     let full = until("full rate", SIGHT, || Ok(full_rate(&echoed.rate(), moved, before)))?;
+    Postcopy { postcopy_bandwidth: 0, ..postcopy.clone() }.apply(&mut source.qemu)?;
+    let report = postcopy.finish(&mut source.qemu, &mut destination.qemu)?;
     let first = echoed.rate().first_after(moved).context("no packet came after the move")?;
     echoed.stop()?;
     let pages = Phases::of(&destination.backend).pages;
