@@ -24,15 +24,8 @@ const LINK_DELAY: Duration = Duration::from_millis(1);
 const LINK_RATE: u64 = 125_000_000;
 const ECHO_BYTES: usize = 64;
 /// What only one of the back-ends offers, the guest must not have chosen; and no mergeable buffers.
-const WITHOUT: [&str; 7] = [
-    "mrg_rxbuf=off",
-    "guest_ufo=off",
-    "host_ufo=off",
-    "host_tso4=off",
-    "host_tso6=off",
-    "host_ecn=off",
-    "rx_queue_size=1024",
-];
+const WITHOUT: [&str; 6] =
+    ["mrg_rxbuf=off", "guest_ufo=off", "host_ufo=off", "host_tso4=off", "host_tso6=off", "host_ecn=off"];
 /// MiB that the guest changes before the switch, so that the background stream has something to bring.
 const CHURN_MIB: u32 = 128;
 /// Bytes per second of precopy meanwhile.
@@ -60,6 +53,9 @@ pub struct Options {
     /// Bytes per second of the background stream, so that pages which are asked for have the link to themselves; 0: no limit
     #[arg(long, default_value_t = 16_000_000)]
     background: u64,
+    /// Entries of the guest's receive ring: 256, 512 or 1024
+    #[arg(long, default_value_t = 256)]
+    ring: u32,
     /// Another build of our back-end than the release build
     #[arg(long)]
     pub backend_bin: Option<PathBuf>,
@@ -113,6 +109,7 @@ fn once(lab: &Lab, binary: &Path, is_dpdk: bool, options: &Options, round: u32) 
         config.name = format!("{place}-{round}-{}", u8::from(is_dpdk));
         config.memory_mib = 512;
         config.device.extend(WITHOUT.map(str::to_owned));
+        config.device.push(format!("rx_queue_size={}", options.ring));
     };
     let mut source = Place::start_with(lab, &netns, TAPS[0], |backend, config| {
         guest(config, "source");
