@@ -20,6 +20,7 @@ const EXAMPLES: &str = "\
 Examples:
   vhost-user-net --socket-path /run/vm1.sock --uplink tap:vm1,up
   vhost-user-net --socket-path /run/qemu.sock --client --uplink tap-fd:3
+  vhost-user-net --socket-path /run/vm2.sock --uplink xdp:eth1,queues=2 --queue-pairs 2
   vhost-user-net --config /etc/vhost-user-net.toml --check-config
 
 The log goes to stderr; SIGTERM ends the program cleanly.";
@@ -40,7 +41,7 @@ struct Options {
     #[arg(long)]
     client: bool,
 
-    /// Where packets go: tap:NAME[,up] | tap-fd:N[:N...] (one per queue pair) | null (count and drop)
+    /// Where packets go: tap:NAME[,up] | tap-fd:N[:N...] (one per queue pair) | xdp:INTERFACE[,OPTION...] | null (count and drop)
     #[arg(long, value_name = "UPLINK")]
     uplink: Option<UplinkSpec>,
 
@@ -234,9 +235,9 @@ fn single_port(options: Options) -> Result<Config, Problem> {
     let port = PortConfig {
         name: options.name.unwrap_or_else(|| config::default_name(&endpoint)),
         endpoint,
-        uplink: options
-            .uplink
-            .ok_or(Problem::UplinkMissing("--uplink tap:NAME, --uplink tap-fd:N, --uplink null"))?,
+        uplink: options.uplink.ok_or(Problem::UplinkMissing(
+            "--uplink tap:NAME, --uplink tap-fd:N, --uplink xdp:INTERFACE, --uplink null",
+        ))?,
         queue_pairs: options.queue_pairs.unwrap_or(1),
         mtu: options.mtu,
         mac: options.mac,

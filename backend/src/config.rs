@@ -9,9 +9,11 @@ mod file;
 #[cfg(test)]
 mod tests;
 mod uplink_spec;
+mod xdp_spec;
 
 pub use file::{ConfigError, load, parse_text};
 pub use uplink_spec::UplinkSpec;
+pub use xdp_spec::XdpSpec;
 
 use std::fmt;
 use std::os::fd::RawFd;
@@ -156,6 +158,13 @@ impl fmt::Display for Endpoint {
     }
 }
 
+impl PortConfig {
+    /// The address that frames on an XDP uplink are steered by; none: learned.
+    pub fn xdp_mac(&self, uplink: &XdpSpec) -> Option<[u8; 6]> {
+        uplink.mac.or(self.mac)
+    }
+}
+
 impl fmt::Display for PortConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let pairs = self.queue_pairs;
@@ -256,6 +265,21 @@ pub enum Problem {
     /// Several pairs without the feature that announces them.
     #[error("{0} queue pairs need the protocol feature mq, enable it again or use 1 queue pair")]
     PairsWithoutMq(u16),
+    /// A check that needs to know the address.
+    #[error("anti-spoof=on needs the port's address: add mac= to the uplink, or mac to the port")]
+    SpoofWithoutMac,
+    /// Ports of one interface with different wishes for it.
+    #[error(
+        "uplink xdp:{interface} has another {what}= than port '{other}' on the same interface, give all its ports the same or only one of them"
+    )]
+    XdpConflict {
+        /// The interface.
+        interface: String,
+        /// The option.
+        what: &'static str,
+        /// The port that had it first.
+        other: String,
+    },
     /// A configuration without ports.
     #[error("there is no port, add a [[port]] section with socket and uplink")]
     NoPort,
@@ -411,6 +435,12 @@ pub(crate) fn check_port(port: &PortConfig) -> Result<(), Problem> {
     {
         return Err(Problem::FdTwice(*fd));
     }
+    if let UplinkSpec::Xdp(xdp) = &port.uplink
+        && xdp.anti_spoof
+        && port.xdp_mac(xdp).is_none()
+    {
+        return Err(Problem::SpoofWithoutMac);
+    }
     if pairs > 1 && port.disabled_protocol_features & protocol_feature("mq")? != 0 {
         return Err(Problem::PairsWithoutMq(pairs));
     }
@@ -427,7 +457,20 @@ pub(crate) fn check_ports(ports: &[PortConfig]) -> Result<(), (Option<usize>, Pr
         return Err((None, Problem::TooManyPorts(ports.len())));
     }
     let mut seen = std::collections::HashMap::new();
+    let mut interfaces: std::collections::HashMap<&str, Vec<usize>> = std::collections::HashMap::new();
     for (index, port) in ports.iter().enumerate() {
+        if let UplinkSpec::Xdp(xdp) = &port.uplink {
+            let others = interfaces.entry(&xdp.interface).or_default();
+            for other in others.iter().map(|other| &ports[*other]) {
+                if let UplinkSpec::Xdp(before) = &other.uplink
+                    && let Some(what) = xdp.conflict(before)
+                {
+                    let (interface, other) = (xdp.interface.clone(), other.name.clone());
+                    return Err((Some(index), Problem::XdpConflict { interface, what, other }));
+                }
+            }
+            others.push(index);
+        }
         for what in exclusive_things(port) {
             if let Some(&first) = seen.get(&what) {
                 let other: &PortConfig = &ports[first];
@@ -453,7 +496,14 @@ fn exclusive_things(port: &PortConfig) -> Vec<String> {
     match &port.uplink {
         UplinkSpec::Tap { name, .. } => things.push(format!("tap '{name}'")),
         UplinkSpec::TapFds(fds) => things.extend(fds.iter().map(|fd| format!("fd {fd}"))),
-        UplinkSpec::Null => {}
+        UplinkSpec::Xdp(xdp) => {
+            things.extend(port.xdp_mac(xdp).map(|mac| {
+                let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
+                let vlan = xdp.vlan.map(|vlan| format!(" of VLAN {vlan}")).unwrap_or_default();
+                format!("address {mac}{vlan} on xdp:{}", xdp.interface)
+            }));
+        }
+        UplinkSpec::Null { .. } => {}
     }
     things
 }

@@ -8,13 +8,15 @@ use crate::config::{Config, PortConfig, Postcopy, PostcopyMultiqueue, UplinkSpec
 use crate::memory::sigbus::MAX_LIVE_MAPPINGS;
 use crate::net::counters::PairCounters;
 use crate::port::connection::{Endpoint, EndpointError};
-use crate::port::control::{Control, ControlToken};
+use crate::port::control::Control;
 use crate::port::helper::Helper;
+use crate::port::token::ControlToken;
 use crate::port::{MEM_SLOTS_MAX, MEM_SLOTS_MIN, Port};
 use crate::postcopy::uffd::{UffdError, Userfaultfd};
 use crate::reactor::{Done, Mailbox, Reactor, SetupError};
-use crate::uplink::null::{Null, NullQueue};
+use crate::uplink::null::Null;
 use crate::uplink::tap::{Tap, TapError};
+use crate::uplink::xdp::{self, NicOptions, PortOptions, Rules, XdpError};
 use crate::uplink::{Uplink, UplinkQueue};
 use crate::worker::datapath::Datapath;
 use crate::worker::thread::{SpawnError, Worker, spawn};
@@ -44,6 +46,9 @@ pub enum DaemonError {
     /// A port that must offer postcopy and cannot.
     #[error("port {0}: {1}")]
     Postcopy(String, String),
+    /// An interface that ports share.
+    #[error("port {0}: {1}")]
+    Xdp(String, XdpError),
     /// A port's interface cannot be set up.
     #[error("port {0}: {1}: {2}: {3}; run with CAP_NET_ADMIN or set it up beforehand")]
     Interface(String, String, &'static str, io::Error),
@@ -71,15 +76,96 @@ impl From<ControlToken> for Token {
     }
 }
 
-/// A port's uplink and its queues.
-type OpenUplink = (Arc<dyn Uplink>, Vec<Box<dyn UplinkQueue>>);
+/// A port's uplink with its queues, and which of them must be served by one worker: those of one number.
+struct OpenUplink {
+    uplink: Arc<dyn Uplink>,
+    queues: Vec<Box<dyn UplinkQueue>>,
+    groups: Vec<usize>,
+}
 
-fn open_uplink(port: &PortConfig) -> Result<OpenUplink, DaemonError> {
-    let tap = match &port.uplink {
-        UplinkSpec::Null => {
-            let queues = (0..port.queue_pairs).map(|_| Box::new(NullQueue) as Box<dyn UplinkQueue>).collect();
-            return Ok((Arc::new(Null), queues));
+/// An uplink with its queues.
+type OwnUplink = (Arc<dyn Uplink>, Vec<Box<dyn UplinkQueue>>);
+
+fn boxed<Q: UplinkQueue + 'static>(queues: impl IntoIterator<Item = Q>) -> Vec<Box<dyn UplinkQueue>> {
+    queues.into_iter().map(|queue| Box::new(queue) as Box<dyn UplinkQueue>).collect()
+}
+
+/// Opens all uplinks: an interface once for all ports that share it.
+fn open_uplinks(ports: &[PortConfig]) -> Result<Vec<OpenUplink>, DaemonError> {
+    let mut open: Vec<Option<OpenUplink>> = ports.iter().map(|_| None).collect();
+    for id in 0..ports.len() {
+        match &ports[id].uplink {
+            _ if open[id].is_some() => {}
+            UplinkSpec::Xdp(xdp) => {
+                for (id, uplink) in open_interface(ports, id, &xdp.interface)? {
+                    open[id] = Some(uplink);
+                }
+            }
+            _ => {
+                let (uplink, queues) = open_own(&ports[id])?;
+                // No two pairs need the same worker.
+                let groups = (id..id + queues.len()).collect();
+                open[id] = Some(OpenUplink { uplink, queues, groups });
+            }
         }
+    }
+    Ok(open.into_iter().flatten().collect())
+}
+
+/// Opens an interface for all ports that name it, of which `first` is the first.
+fn open_interface(
+    ports: &[PortConfig],
+    first: usize,
+    interface: &str,
+) -> Result<Vec<(usize, OpenUplink)>, DaemonError> {
+    let mut shared = NicOptions::default();
+    let mut ids = Vec::new();
+    let mut options = Vec::new();
+    for (id, port) in ports.iter().enumerate() {
+        let UplinkSpec::Xdp(xdp) = &port.uplink else { continue };
+        if xdp.interface != interface {
+            continue;
+        }
+        // Whoever says something about the interface says the same (checked with the configuration).
+        shared.queues = shared.queues.or(xdp.queues);
+        shared.mode = xdp.mode.unwrap_or(shared.mode);
+        shared.zero_copy = xdp.zero_copy.unwrap_or(shared.zero_copy);
+        shared.replace |= xdp.replace;
+        ids.push(id);
+        options.push(PortOptions {
+            name: port.name.clone(),
+            pairs: port.queue_pairs.into(),
+            rules: Rules {
+                mac: port.xdp_mac(xdp),
+                vlan: xdp.vlan,
+                flood: xdp.flood,
+                local_switch: xdp.local_switch,
+                anti_spoof: xdp.anti_spoof,
+            },
+            mtu: port.mtu,
+        });
+    }
+    let opened = xdp::open(interface, &shared, &options)
+        .map_err(|error| DaemonError::Xdp(ports[first].name.clone(), error))?;
+    let uplinks = opened.into_iter().map(|(port, queues)| OpenUplink {
+        groups: (0..queues.len()).map(|pair| first + port.group_of(pair as u16) as usize).collect(),
+        uplink: Arc::new(port),
+        queues: boxed(queues),
+    });
+    Ok(ids.into_iter().zip(uplinks).collect())
+}
+
+fn open_null(queue_pairs: u16, generate: Option<u16>) -> Result<OwnUplink, DaemonError> {
+    let null = Null::new(generate);
+    let queues = null.queues(queue_pairs).map_err(|error| DaemonError::System("eventfd", error))?;
+    Ok((Arc::new(null), boxed(queues)))
+}
+
+/// Opens an uplink that a port has for itself.
+fn open_own(port: &PortConfig) -> Result<OwnUplink, DaemonError> {
+    let tap = match &port.uplink {
+        UplinkSpec::Null { generate } => return open_null(port.queue_pairs, *generate),
+        UplinkSpec::Xdp(_) => return open_null(port.queue_pairs, None),
         UplinkSpec::Tap { name, .. } => Tap::open(name, port.queue_pairs, port.mtu),
         UplinkSpec::TapFds(fds) => Tap::inherit(fds, port.mtu),
     };
@@ -89,7 +175,7 @@ fn open_uplink(port: &PortConfig) -> Result<OpenUplink, DaemonError> {
             DaemonError::Interface(port.name.clone(), tap.describe().into(), "bringing the link up", error)
         })?;
     }
-    let queues = tap.queues().into_iter().map(|queue| Box::new(queue) as Box<dyn UplinkQueue>).collect();
+    let queues = boxed(tap.queues());
     Ok((Arc::new(tap), queues))
 }
 
@@ -139,9 +225,11 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let mut attachments = Vec::new();
     let mem_slots = mem_slots(config.ports.len());
     let userfaultfd = Userfaultfd::new().map(drop);
-    for (id, port) in config.ports.into_iter().enumerate() {
-        let id = id as u16;
-        let (uplink, queues) = open_uplink(&port)?;
+    let mut routes = Routes::default();
+    let uplinks = open_uplinks(&config.ports)?;
+    for ((id, port), open) in (0..).zip(config.ports).zip(uplinks) {
+        let OpenUplink { uplink, queues, groups } = open;
+        routes.0.push(groups.into_iter().map(|group| group % usize::from(config.workers)).collect());
         let endpoint = Endpoint::open(&port.endpoint)
             .map_err(|error| DaemonError::Endpoint(port.name.clone(), error))?;
         let counters: Vec<_> = queues.iter().map(|_| Arc::new(PairCounters::default())).collect();
@@ -158,7 +246,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
         workers.push(spawn(index, mailbox.postbox())?);
     }
     for attachment in attachments {
-        match worker_of(&workers, attachment.key) {
+        match routes.worker_of(&workers, attachment.key) {
             None => datapath.attach(attachment),
             Some(worker) => worker.postbox.send(&mut reactor, ToWorker::Attach(attachment)),
         }
@@ -167,13 +255,15 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let mut control = Control::new(ports, helper);
     control.start(&mut reactor);
     tracing::info!("listening for front-ends");
-    let served = serve(&mut reactor, &mailbox, &mut datapath, &mut control, &workers, &signals);
+    let crew = Crew { workers: &workers, routes: &routes };
+    let served = serve(&mut reactor, &mailbox, &mut datapath, &mut control, &crew, &signals);
     control.log_counters();
     for worker in &workers {
         worker.postbox.send(&mut reactor, ToWorker::Stop);
     }
     let _ = reactor.turn(false, &mut Vec::new(), &mut false);
     workers.into_iter().for_each(Worker::join);
+    control.give_up_pages();
     served.map_err(|error| DaemonError::System("io_uring_enter", error))
 }
 
@@ -207,10 +297,22 @@ fn mem_slots(ports: usize) -> u64 {
     (share as u64).clamp(MEM_SLOTS_MIN, MEM_SLOTS_MAX)
 }
 
-/// Which worker serves a pair: `None` is the first, the main thread.
-fn worker_of(workers: &[Worker], key: PairKey) -> Option<&Worker> {
-    let turn = usize::from(key.port) + usize::from(key.pair);
-    (turn % (workers.len() + 1)).checked_sub(1).and_then(|index| workers.get(index))
+/// Which worker serves each pair of each port; 0 is the first, the main thread.
+#[derive(Default)]
+struct Routes(Vec<Vec<usize>>);
+
+impl Routes {
+    /// The worker of a pair; `None` is the main thread.
+    fn worker_of<'w>(&self, workers: &'w [Worker], key: PairKey) -> Option<&'w Worker> {
+        let index = self.0.get(usize::from(key.port))?.get(usize::from(key.pair))?;
+        index.checked_sub(1).and_then(|index| workers.get(index))
+    }
+}
+
+/// The workers beside the first, and who serves what.
+struct Crew<'w> {
+    workers: &'w [Worker],
+    routes: &'w Routes,
 }
 
 fn serve(
@@ -218,7 +320,7 @@ fn serve(
     mailbox: &Mailbox<ToControl>,
     datapath: &mut Datapath,
     control: &mut Control,
-    workers: &[Worker],
+    crew: &Crew<'_>,
     signals: &Arc<OwnedFd>,
 ) -> io::Result<()> {
     reactor.read_signal(signals, ControlToken::Signal.into());
@@ -252,7 +354,7 @@ fn serve(
             }
         }
         busy = datapath.round(reactor);
-        busy |= exchange(reactor, datapath, control, workers);
+        busy |= exchange(reactor, datapath, control, crew);
         if control.ended() {
             return Ok(());
         }
@@ -265,7 +367,7 @@ fn exchange(
     reactor: &mut Reactor<Token>,
     datapath: &mut Datapath,
     control: &mut Control,
-    workers: &[Worker],
+    crew: &Crew<'_>,
 ) -> bool {
     let mut any = false;
     loop {
@@ -276,7 +378,7 @@ fn exchange(
         }
         any = true;
         for (key, command) in commands {
-            match worker_of(workers, key) {
+            match crew.routes.worker_of(crew.workers, key) {
                 None => datapath.command(reactor, key, command),
                 Some(worker) => worker.postbox.send(reactor, ToWorker::Pair(key, command)),
             }

@@ -15,6 +15,7 @@
 //! | `postcopy`, `relay`, `hugepages` | postcopy migration, and a link that is slow or cut |
 //! | `ping`, `transfer`, `sniff`, `flood` | the host's side of the traffic |
 //! | `virtio_user` | the same with DPDK's driver as the guest |
+//! | [`xdp`] | ports on one interface, and what is outside of it |
 //! | `wire` | numbered frames, put on a tap and captured from it |
 //! | `bed` | the usual arrangements of all these |
 //! | [`rawfront`] | a front-end that can do anything wrong, and a small driver that does it right |
@@ -43,6 +44,7 @@ mod transfer;
 mod virtio_user;
 mod wait;
 pub mod wire;
+pub mod xdp;
 
 pub use artefacts::{Artefacts, BACKEND, LAB_DIR, backend_binary, find_in_path, lab_dir};
 pub use backend::{Backend, BackendConfig, is_ours};

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod build_ebpf;
 mod demo;
 mod fuzz;
 mod postcopy_qemu;
@@ -29,6 +30,8 @@ enum Task {
     Setup,
     /// Run all tests: unit tests, whole-program tests with real guests, a short run of the fuzzers
     Test(suite::Options),
+    /// Build the BPF programs into backend/bpf, or check that what is committed there is of this source
+    BuildEbpf(build_ebpf::Options),
     /// Boot a guest, ping it, transfer data, migrate it live, by precopy and by postcopy, and report what happened
     Demo(demo::Options),
     /// Run the fuzz targets
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Task::Setup => setup::run(setup::Parts::All).map(|_| true),
         Task::Test(options) => suite::run(&options),
+        Task::BuildEbpf(options) => build_ebpf::run(&options),
         Task::Demo(options) => demo::run(&options).map(|()| true),
         Task::Fuzz(options) => fuzz::run(&options),
         Task::Bench(options) => bench::run(&options),

@@ -148,8 +148,9 @@ fn build_port(port: &Port) -> Result<PortConfig, Placed> {
     let built = PortConfig {
         name: name.unwrap_or_else(|| super::default_name(&endpoint)),
         endpoint,
-        uplink: uplink
-            .ok_or(whole(Problem::UplinkMissing("uplink = \"tap:NAME\", \"tap-fd:N\", \"null\"")))?,
+        uplink: uplink.ok_or(whole(Problem::UplinkMissing(
+            "uplink = \"tap:NAME\", \"tap-fd:N\", \"xdp:INTERFACE\", \"null\"",
+        )))?,
         queue_pairs: checked(&port.queue_pairs, |n| super::queue_pairs(*n))?.unwrap_or(1),
         mtu: checked(&port.mtu, |n| super::mtu(*n))?,
         mac: checked(&port.mac, |m| super::mac(m))?,

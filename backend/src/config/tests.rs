@@ -59,7 +59,7 @@ fn full_file() {
     let third = PortConfig {
         name: "fd5".into(),
         endpoint: Endpoint::Fd(5),
-        uplink: UplinkSpec::Null,
+        uplink: UplinkSpec::Null { generate: None },
         queue_pairs: 1,
         mtu: None,
         mac: None,
@@ -147,11 +147,11 @@ const ERRORS: &[(&str, &str, &str)] = &[
     ("empty path", "[[port]]\nsocket=''\nuplink='null'",
         "ports.toml:2: the socket's path is empty, give the path of a Unix socket"),
     ("no uplink", "[[port]]\nsocket='s'",
-        "ports.toml:1: no uplink, add one of: uplink = \"tap:NAME\", \"tap-fd:N\", \"null\""),
+        "ports.toml:1: no uplink, add one of: uplink = \"tap:NAME\", \"tap-fd:N\", \"xdp:INTERFACE\", \"null\""),
     ("uplink kind", "[[port]]\nsocket='s'\nuplink='tun:a'",
-        "ports.toml:3: uplink 'tun:a' is unknown, use tap:NAME, tap-fd:N or null"),
+        "ports.toml:3: uplink 'tun:a' is unknown, use tap:NAME, tap-fd:N, xdp:INTERFACE or null"),
     ("uplink empty", "[[port]]\nsocket='s'\nuplink=''",
-        "ports.toml:3: uplink '' is unknown, use tap:NAME, tap-fd:N or null"),
+        "ports.toml:3: uplink '' is unknown, use tap:NAME, tap-fd:N, xdp:INTERFACE or null"),
     ("tap without name", "[[port]]\nsocket='s'\nuplink='tap'",
         "ports.toml:3: tap name '' is not usable, take 1 to 15 characters without blank, '/', ':', '%' or ','"),
     ("tap long name", "[[port]]\nsocket='s'\nuplink='tap:abcdefghijklmnop'",
@@ -167,7 +167,7 @@ const ERRORS: &[(&str, &str, &str)] = &[
     ("tap-fd twice", "[[port]]\nsocket='s'\nuplink='tap-fd:3:3'",
         "ports.toml:3: tap-fd has fd 3 twice, give each queue pair its own"),
     ("null option", "[[port]]\nsocket='s'\nuplink='null:fast'",
-        "ports.toml:3: uplink null takes no options, drop ':fast'"),
+        "ports.toml:3: uplink null does not know ':fast', it is null, null:generate or null:generate=BYTES with 60 to 9014 bytes"),
     ("tap-fd count", "[[port]]\nname='a'\nsocket='s'\nuplink='tap-fd:3'\nqueue-pairs=2",
         "ports.toml:1: port 'a': 2 queue pairs need 2 tap fds, but the uplink has 1: give one tap-fd per queue pair"),
     ("pairs without mq", "[[port]]\nsocket='s'\nuplink='null'\nqueue-pairs=2\ndisable-protocol-features=['mq']",
@@ -180,6 +180,14 @@ const ERRORS: &[(&str, &str, &str)] = &[
         "ports.toml:5: port 'b': tap 'x' is also used by port 'a', give each port its own"),
     ("same fd", "[[port]]\nname='a'\nfd=4\nuplink='null'\n[[port]]\nname='b'\nfd=3\nuplink='tap-fd:4'",
         "ports.toml:5: port 'b': fd 4 is also used by port 'a', give each port its own"),
+    ("xdp option", "[[port]]\nsocket='s'\nuplink='xdp:e,zerocopy=yes'",
+        "ports.toml:3: xdp option zerocopy=yes is not possible, use auto, on, off"),
+    ("xdp conflict", "[[port]]\nname='a'\nsocket='/s'\nuplink='xdp:e,mode=skb'\n[[port]]\nname='b'\nsocket='/t'\nuplink='xdp:e,mode=native'",
+        "ports.toml:5: port 'b': uplink xdp:e has another mode= than port 'a' on the same interface, give all its ports the same or only one of them"),
+    ("xdp address twice", "[[port]]\nname='a'\nsocket='/s'\nuplink='xdp:e'\nmac='02:00:00:00:00:01'\n[[port]]\nname='b'\nsocket='/t'\nuplink='xdp:e,mac=02:00:00:00:00:01'",
+        "ports.toml:6: port 'b': address 02:00:00:00:00:01 on xdp:e is also used by port 'a', give each port its own"),
+    ("xdp anti-spoof", "[[port]]\nname='a'\nsocket='/s'\nuplink='xdp:e,anti-spoof=on'",
+        "ports.toml:1: port 'a': anti-spoof=on needs the port's address: add mac= to the uplink, or mac to the port"),
     ("fd as socket and tap", "[[port]]\nname='a'\nfd=4\nuplink='tap-fd:4'",
         "ports.toml:1: port 'a': fd 4 is given both as control socket and as tap, give two different ones"),
     ("unknown key", "[[port]]\nsocket='s'\nuplink='null'\nqueues=2",
@@ -234,7 +242,7 @@ fn unreadable_files() {
 
 #[test]
 fn uplink_text_round_trips() {
-    for text in ["tap:a", "tap:a,up", "tap-fd:3", "tap-fd:3:9:4", "null"] {
+    for text in ["tap:a", "tap:a,up", "tap-fd:3", "tap-fd:3:9:4", "xdp:e,vlan=7", "null"] {
         assert_eq!(text.parse::<UplinkSpec>().expect(text).to_string(), text);
     }
 }
@@ -249,4 +257,17 @@ fn postcopy_is_a_choice_of_words() {
         port("postcopy = \"maybe\"").unwrap_err(),
         "ports.toml:4: postcopy is 'maybe', choose one of: auto, on, off"
     );
+}
+
+#[test]
+fn the_null_uplink_may_make_frames() {
+    for (text, generate) in [("null", None), ("null:generate", Some(64)), ("null:generate=1500", Some(1500))]
+    {
+        let spec: UplinkSpec = text.parse().unwrap();
+        assert_eq!(spec, UplinkSpec::Null { generate });
+        assert_eq!(spec.to_string().parse(), Ok(spec));
+    }
+    for text in ["null:generate=59", "null:generate=9015", "null:generate=", "null:make", "null,generate"] {
+        text.parse::<UplinkSpec>().unwrap_err();
+    }
 }

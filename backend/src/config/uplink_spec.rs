@@ -1,8 +1,10 @@
-//! The text form of an uplink: `tap:NAME[,up]`, `tap-fd:N[:N…]`, `null`.
+//! The text form of an uplink: `tap:NAME[,up]`, `tap-fd:N[:N…]`, `xdp:INTERFACE[,…]`, `null`.
 //!
-//! Here: syntax only. Opening what it names is the work of `uplink/`.
+//! Here: syntax only; of xdp in `xdp_spec`. Opening what it names is the work of `uplink/`.
 #![forbid(unsafe_code)]
 
+use super::xdp_spec::{XdpProblem, XdpSpec};
+use crate::uplink::null::{GENERATED_MAX, GENERATED_MIN};
 use std::fmt;
 use std::os::fd::RawFd;
 use std::str::FromStr;
@@ -22,15 +24,20 @@ pub enum UplinkSpec {
     },
     /// Tap fds that were opened by someone else and inherited, one per queue pair.
     TapFds(Vec<RawFd>),
-    /// Counts and drops what the guest sends, and sends nothing.
-    Null,
+    /// AF_XDP sockets on an interface, which ports may share.
+    Xdp(XdpSpec),
+    /// Counts and drops what the guest sends.
+    Null {
+        /// Frames of so many bytes are made for the guest, as fast as it takes them.
+        generate: Option<u16>,
+    },
 }
 
 /// What is wrong with an uplink's text.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UplinkProblem {
     /// Not a kind that exists.
-    #[error("uplink '{0}' is unknown, use tap:NAME, tap-fd:N or null")]
+    #[error("uplink '{0}' is unknown, use tap:NAME, tap-fd:N, xdp:INTERFACE or null")]
     Kind(String),
     /// Not a name that the kernel takes.
     #[error(
@@ -46,8 +53,13 @@ pub enum UplinkProblem {
     /// The same fd twice.
     #[error("tap-fd has fd {0} twice, give each queue pair its own")]
     TapFdTwice(RawFd),
-    /// Text after `null`.
-    #[error("uplink null takes no options, drop '{0}'")]
+    /// The options of an XDP uplink.
+    #[error(transparent)]
+    Xdp(#[from] XdpProblem),
+    /// Text after `null` that means nothing.
+    #[error(
+        "uplink null does not know '{0}', it is null, null:generate or null:generate=BYTES with {GENERATED_MIN} to {GENERATED_MAX} bytes"
+    )]
     NullOption(String),
 }
 
@@ -60,19 +72,37 @@ impl FromStr for UplinkSpec {
         match kind {
             "tap" => tap(rest.strip_prefix(':').unwrap_or("")),
             "tap-fd" => tap_fds(rest.strip_prefix(':').unwrap_or(rest)),
-            "null" if rest.is_empty() => Ok(Self::Null),
-            "null" => Err(UplinkProblem::NullOption(rest.to_owned())),
+            "xdp" => Ok(Self::Xdp(rest.strip_prefix(':').unwrap_or("").parse()?)),
+            "null" => null(rest),
             _ => Err(UplinkProblem::Kind(text.to_owned())),
         }
     }
 }
 
+/// Bytes of frames that are made if nothing else is said.
+const GENERATED: u16 = 64;
+
+fn null(rest: &str) -> Result<UplinkSpec, UplinkProblem> {
+    let bad = || UplinkProblem::NullOption(rest.to_owned());
+    let generate = match rest.split_once('=') {
+        None if rest.is_empty() => None,
+        None if rest == ":generate" => Some(GENERATED),
+        Some((":generate", bytes)) => {
+            let bytes = bytes.parse().map_err(|_| bad())?;
+            Some(bytes)
+                .filter(|bytes| (GENERATED_MIN..=GENERATED_MAX).contains(bytes))
+                .map(Some)
+                .ok_or_else(bad)?
+        }
+        _ => return Err(bad()),
+    };
+    Ok(UplinkSpec::Null { generate })
+}
+
 fn tap(text: &str) -> Result<UplinkSpec, UplinkProblem> {
     let mut parts = text.split(',');
     let name = parts.next().unwrap_or("");
-    // The kernel's own rule (dev_valid_name), and '%', which would let it number the interface.
-    let bad = |c: char| c.is_whitespace() || "/:%".contains(c);
-    if name.is_empty() || name.len() > MAX_IFNAME_LEN || name == "." || name == ".." || name.contains(bad) {
+    if !is_interface_name(name) {
         return Err(UplinkProblem::TapName(name.to_owned()));
     }
     let mut up = false;
@@ -83,6 +113,12 @@ fn tap(text: &str) -> Result<UplinkSpec, UplinkProblem> {
         }
     }
     Ok(UplinkSpec::Tap { name: name.to_owned(), up })
+}
+
+/// The kernel's own rule (dev_valid_name), and '%', which would let it number the interface.
+pub(super) fn is_interface_name(name: &str) -> bool {
+    let bad = |c: char| c.is_whitespace() || "/:%".contains(c);
+    !name.is_empty() && name.len() <= MAX_IFNAME_LEN && name != "." && name != ".." && !name.contains(bad)
 }
 
 fn tap_fds(text: &str) -> Result<UplinkSpec, UplinkProblem> {
@@ -108,7 +144,9 @@ impl fmt::Display for UplinkSpec {
                 write!(f, "tap-fd")?;
                 fds.iter().try_for_each(|fd| write!(f, ":{fd}"))
             }
-            Self::Null => write!(f, "null"),
+            Self::Xdp(xdp) => write!(f, "xdp:{xdp}"),
+            Self::Null { generate: None } => write!(f, "null"),
+            Self::Null { generate: Some(bytes) } => write!(f, "null:generate={bytes}"),
         }
     }
 }

@@ -28,6 +28,8 @@ struct Table {
     /// In the order given; `Region::mapping` points into it.
     mappings: Box<[Arc<Mapping>]>,
     log: Option<Arc<DirtyLog>>,
+    /// Pages of some region may be missing.
+    incomplete: bool,
 }
 
 #[derive(Clone)]
@@ -35,6 +37,9 @@ struct Region {
     /// Guest-physical address of the first byte.
     start: u64,
     size: u64,
+    /// The size again if everything is present, else 0: so that the search for a region that need not be asked about its
+    /// pages passes this one over, and costs no more than a search.
+    whole: u64,
     host: NonNull<u8>,
     /// None = everything is present.
     residency: Option<Arc<ResidencyMap>>,
@@ -65,19 +70,17 @@ pub(super) struct Found<'a> {
 impl Region {
     /// The part of `len` bytes at `gpa` that this region holds; `gpa` lies in it.
     #[inline]
-    fn piece(&self, gpa: u64, len: u64) -> Result<Piece, MissingRange> {
+    fn piece(&self, gpa: u64, len: u64) -> Piece {
         let offset = gpa - self.start;
-        let len = len.min(self.size - offset);
-        if let Some(map) = &self.residency {
-            self.check_present(map, offset..offset + len)?;
-        }
         // SAFETY: `offset < size`, and `host` is the start of a mapping of `size` bytes.
-        Ok(Piece { host: unsafe { self.host.add(offset as usize) }, len })
+        Piece { host: unsafe { self.host.add(offset as usize) }, len: len.min(self.size - offset) }
     }
 
-    #[cold]
-    fn check_present(&self, map: &ResidencyMap, range: Range<u64>) -> Result<(), MissingRange> {
-        match map.first_missing(range) {
+    /// Whether all of that part is present.
+    fn check_present(&self, gpa: u64, len: u64) -> Result<(), MissingRange> {
+        let offset = gpa - self.start;
+        let range: Range<u64> = offset..offset + len.min(self.size - offset);
+        match self.residency.as_ref().and_then(|map| map.first_missing(range)) {
             None => Ok(()),
             Some(gap) => Err(MissingRange { gpa: self.start + gap.start, len: gap.end - gap.start }),
         }
@@ -87,7 +90,9 @@ impl Region {
 impl GuestMemory {
     /// A guest without memory: before the first table, and after a reset.
     pub fn empty() -> Self {
-        Self { table: Arc::new(Table { regions: [].into(), mappings: [].into(), log: None }) }
+        Self {
+            table: Arc::new(Table { regions: [].into(), mappings: [].into(), log: None, incomplete: false }),
+        }
     }
 
     /// A table of these regions, in any order.
@@ -105,13 +110,16 @@ impl GuestMemory {
             .map(|(mapping, m)| Region {
                 start: m.spec().guest_phys,
                 size: m.spec().size,
+                whole: m.spec().size,
                 host: m.host(),
                 residency: None,
                 mapping,
             })
             .collect();
         regions.sort_unstable_by_key(|region| region.start);
-        Ok(Self { table: Arc::new(Table { regions, mappings: mappings.into(), log: None }) })
+        Ok(Self {
+            table: Arc::new(Table { regions, mappings: mappings.into(), log: None, incomplete: false }),
+        })
     }
 
     /// The same memory, with writes logged to `log`, or no longer.
@@ -125,7 +133,9 @@ impl GuestMemory {
         let mut table = Table::clone(&self.table);
         for region in &mut table.regions {
             region.residency = maps.get(region.mapping).cloned().flatten();
+            region.whole = if region.residency.is_some() { 0 } else { region.size };
         }
+        table.incomplete = table.regions.iter().any(|region| region.residency.is_some());
         Self { table: Arc::new(table) }
     }
 
@@ -217,7 +227,7 @@ impl GuestMemory {
     /// Whether pages may be missing: false outside postcopy.
     #[inline]
     pub fn is_incomplete(&self) -> bool {
-        self.table.regions.iter().any(|region| region.residency.is_some())
+        self.table.incomplete
     }
 
     /// Calls `visit` for each run of missing pages that `len` bytes at `gpa` meet. Bytes outside guest memory are passed
@@ -226,7 +236,7 @@ impl GuestMemory {
         let end = gpa.saturating_add(len);
         let mut at = gpa;
         while at < end {
-            let Some(region) = self.table.find(at) else { return };
+            let Some(region) = self.table.find(at, |region| region.size) else { return };
             let region_end = region.start + region.size;
             let stop = end.min(region_end) - region.start;
             let mut offset = at - region.start;
@@ -240,7 +250,7 @@ impl GuestMemory {
 
     /// Which mapping holds `gpa` (its place in [`Self::mappings`]), and how far from the mapping's start, bytes.
     pub fn locate(&self, gpa: u64) -> Option<(usize, u64)> {
-        self.table.find(gpa).map(|region| (region.mapping, gpa - region.start))
+        self.table.find(gpa, |region| region.size).map(|region| (region.mapping, gpa - region.start))
     }
 
     /// Logs `len` bytes at `gpa` as dirty, after the kernel wrote there (a read from a tap).
@@ -298,20 +308,26 @@ impl GuestMemory {
     /// What the region of `gpa` holds of `len` bytes there: one byte at least, unless `len` is 0.
     #[inline(always)]
     pub(super) fn piece(&self, gpa: u64, len: u64) -> Result<Piece, AccessError> {
-        match self.table.find(gpa) {
-            Some(region) => Ok(region.piece(gpa, len)?),
-            None => Err(AccessError::OutOfRange { gpa, len }),
+        match self.table.find(gpa, |region| region.whole) {
+            Some(region) => Ok(region.piece(gpa, len)),
+            None => self.piece_if_present(gpa, len),
         }
+    }
+
+    /// Outside postcopy nobody gets here but for an address outside guest memory.
+    #[cold]
+    fn piece_if_present(&self, gpa: u64, len: u64) -> Result<Piece, AccessError> {
+        let region = self.table.find(gpa, |region| region.size);
+        let region = region.ok_or(AccessError::OutOfRange { gpa, len })?;
+        region.check_present(gpa, len)?;
+        Ok(region.piece(gpa, len))
     }
 
     /// The first of `len` bytes at `gpa` if one region holds them all and everything in it is present.
     #[inline(always)]
     pub(super) fn plain(&self, gpa: u64, len: u64) -> Option<NonNull<u8>> {
-        let region = self.table.find(gpa)?;
-        if region.residency.is_some() {
-            return None;
-        }
-        region.piece(gpa, len).ok().filter(|piece| piece.len == len).map(|piece| piece.host)
+        let piece = self.table.find(gpa, |region| region.whole)?.piece(gpa, len);
+        (piece.len == len).then_some(piece.host)
     }
 
     /// The region that holds front-end user addresses `user .. user + len` whole.
@@ -326,14 +342,15 @@ impl GuestMemory {
 }
 
 impl Table {
+    /// The region of `gpa`, among those of the size that `size` tells.
     #[inline(always)]
-    fn find(&self, gpa: u64) -> Option<&Region> {
+    fn find(&self, gpa: u64, size: impl Fn(&Region) -> u64) -> Option<&Region> {
         // Guests have a few regions (two, mostly) unless memory was hotplugged.
         const LINEAR: usize = 4;
         if self.regions.len() <= LINEAR {
-            return self.regions.iter().find(|region| gpa.wrapping_sub(region.start) < region.size);
+            return self.regions.iter().find(|region| gpa.wrapping_sub(region.start) < size(region));
         }
-        self.find_among_many(gpa)
+        self.find_among_many(gpa).filter(|region| gpa - region.start < size(region))
     }
 
     fn find_among_many(&self, gpa: u64) -> Option<&Region> {

@@ -1,6 +1,8 @@
-//! Lists of buffers for the kernel: pieces of guest memory, and of our own. Only the kernel follows them;
-//! what it writes into guest memory is reported with [`super::GuestMemory::mark_written`] afterwards.
+//! Lists of buffers for the kernel: pieces of guest memory, and of our own. Only the kernel follows them, and the two
+//! copies here ([`gather`], [`scatter`]) for uplinks that have memory of their own; what is written into guest memory is
+//! reported with [`super::GuestMemory::mark_written`] afterwards.
 
+use super::copy;
 use std::marker::PhantomData;
 
 use arrayvec::ArrayVec;
@@ -47,6 +49,69 @@ impl IoVec<'_> {
         // `repr(transparent)` makes the layouts equal.
         list.as_ptr().cast()
     }
+}
+
+/// Copies what the buffers hold, one after the other, to `to`, as far as there is room; each byte is read once. Returns
+/// how many.
+#[inline]
+pub fn gather(list: &[IoVec<'_>], to: &mut [u8]) -> usize {
+    let mut done = 0;
+    for entry in list {
+        let len = entry.len().min(to.len() - done);
+        // SAFETY: an entry is memory that stays mapped while it lives, `to` has room, and memory of one list is not
+        // borrowed mutably elsewhere.
+        unsafe { copy::bulk_from_guest(entry.raw.iov_base.cast(), to.as_mut_ptr().add(done), len) };
+        done += len;
+    }
+    done
+}
+
+/// Copies `from` to the buffers, one after the other, as far as there is room. Returns how many bytes.
+///
+/// # Safety
+/// Each entry must be memory that may be written: guest memory, or a buffer of ours that was borrowed mutably
+/// ([`IoVecs::push_own_mut`]).
+#[inline]
+pub unsafe fn scatter(list: &[IoVec<'_>], from: &[u8]) -> usize {
+    let mut done = 0;
+    for entry in list {
+        let len = entry.len().min(from.len() - done);
+        // SAFETY: an entry is memory that stays mapped while it lives, and may be written (the caller's promise).
+        unsafe { copy::bulk_to_guest(from.as_ptr().add(done), entry.raw.iov_base.cast(), len) };
+        done += len;
+        if done == from.len() {
+            break;
+        }
+    }
+    done
+}
+
+/// Copies two things to the buffers, one behind the other, as [`scatter`] does with one.
+///
+/// # Safety
+/// As for [`scatter`].
+#[inline]
+pub unsafe fn scatter_two(list: &[IoVec<'_>], first: &[u8], second: &[u8]) -> usize {
+    let mut done = 0;
+    for entry in list {
+        let mut room = entry.len();
+        let mut to: *mut u8 = entry.raw.iov_base.cast();
+        let (head, tail) = (first.get(done..).unwrap_or_default(), done.saturating_sub(first.len()));
+        for from in [head, &second[tail..]] {
+            let len = from.len().min(room);
+            // SAFETY: as in `scatter`; `to` and `room` are what is left of the entry.
+            unsafe {
+                copy::bulk_to_guest(from.as_ptr(), to, len);
+                to = to.add(len);
+            }
+            room -= len;
+            done += len;
+        }
+        if done == first.len() + second.len() {
+            break;
+        }
+    }
+    done
 }
 
 impl std::fmt::Debug for IoVec<'_> {

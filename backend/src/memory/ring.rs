@@ -209,6 +209,14 @@ impl RingView {
         Ok(RingAccess { view: self })
     }
 
+    /// The ring, of which all pages are known to be present: [`Self::access`] has said so, or said so of the view that this
+    /// one has replaced. (Were they not, an access would wait for them.)
+    #[inline(always)]
+    pub fn access_known(&self) -> RingAccess<'_> {
+        debug_assert!(self.resident, "a ring that may be missing");
+        RingAccess { view: self }
+    }
+
     #[cold]
     fn find_missing(&mut self) -> Result<(), MissingRange> {
         match self.areas.iter().find_map(Area::missing) {

@@ -61,6 +61,10 @@ counters! {
     rx_dropped_too_long,
     /// Frames dropped because the ring stopped while they waited for buffers.
     rx_dropped_stopped,
+    /// Frames dropped because the inbox was full: copies of broadcasts, and what local ports sent.
+    rx_dropped_inbox,
+    /// Frames that came by the inbox; they count as received, too.
+    rx_inbox,
     /// Chains refused on the receive ring: malformed or too small for the header.
     rx_bad_chains,
     /// Frames taken from the guest and sent.
@@ -77,6 +81,12 @@ counters! {
     tx_rejected,
     /// Frames dropped: the uplink was down.
     tx_dropped_down,
+    /// Frames dropped: their source address is not the port's.
+    tx_spoofed,
+    /// Bursts with a source address that was not learned: another port has it, or there are too many.
+    tx_unlearned,
+    /// Frames that local ports were given; they count as sent, too.
+    tx_local,
     /// Frames discarded on a ring that was started but disabled.
     tx_discarded_disabled,
     /// Notifications from the driver.

@@ -247,6 +247,7 @@ fn settle(
                     counters.tx_rejected.add(1);
                 }
                 Some(Err(SendError::Down(_))) => counters.tx_dropped_down.add(1),
+                Some(Err(SendError::Spoofed)) => counters.tx_spoofed.add(1),
                 Some(Err(SendError::MemoryFault)) => {
                     *end = Some(End::MemoryFault);
                     break;

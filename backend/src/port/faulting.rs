@@ -2,8 +2,10 @@
 //! back to the rings that wait.
 #![forbid(unsafe_code)]
 
-use super::control::{Control, ControlToken, PortOp};
+use super::control::Control;
 use super::helper::Job;
+use super::postcopy::Waiting;
+use super::token::{ControlToken, PortOp};
 use crate::memory::MissingRange;
 use crate::postcopy::engine::{Completed, RegionId};
 use crate::reactor::Reactor;
@@ -11,6 +13,7 @@ use crate::virtq::Purpose;
 use crate::worker::{Command, Direction, PairKey};
 use std::any::Any;
 use std::io;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// How long END waits for populates under way. The front-end waits with it; pages that have been placed need no time.
@@ -38,9 +41,16 @@ impl Control {
         ranges: &[(MissingRange, Purpose)],
     ) {
         let port = &mut self.ports[usize::from(key.port)];
+        // When END is through, or memory has gone, rings look again anyway.
+        if port.postcopy.ending || port.postcopy.regions.is_empty() {
+            return;
+        }
         let ring = (key.pair, direction == Direction::Receive);
-        if let Some(range) = parked {
-            port.postcopy.parked.entry(ring).or_insert((range, Instant::now())).0 = range;
+        let blind = ranges.iter().find(|(_, purpose)| *purpose != Purpose::Buffer).map(|(range, _)| *range);
+        if let Some(range) = parked.or(blind) {
+            let since = port.postcopy.waiting.get(&ring).filter(|waiting| waiting.parked);
+            let since = since.map_or_else(Instant::now, |waiting| waiting.since);
+            port.postcopy.waiting.insert(ring, Waiting { range, since, parked: parked.is_some() });
         }
         for (range, _purpose) in ranges {
             let Some((mapping, offset)) = port.memory.locate(range.gpa) else { continue };
@@ -48,7 +58,7 @@ impl Control {
             let region =
                 port.postcopy.regions.iter().find(|region| std::sync::Arc::ptr_eq(&region.mapping, mapping));
             if let Some(region) = region {
-                self.engine.want(region.id, offset..offset + range.len);
+                self.engine.want(region.id, offset..offset + range.len, Some(*range) == parked);
             }
         }
         // It may have arrived since the ring looked.
@@ -59,13 +69,13 @@ impl Control {
 
     /// Pages of a port may be asked for from now on.
     pub(super) fn arm<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>, id: usize) {
-        self.ports[id].postcopy.scanning = false;
         if let Err(error) = reactor.set_workers(self.engine.workers() as u32) {
             self.ports[id]
                 .warn(&format_args!("io-wq threads cannot be raised in number, stalls last longer: {error}"));
         }
+        // What has come already need not be asked for, and what is asked for meanwhile costs little if it has.
+        self.scan_all(id);
         self.arrivals(id);
-        self.scan_later(reactor, id);
         self.populate(reactor);
     }
 
@@ -91,18 +101,32 @@ impl Control {
             Completed::Arrived { port } => self.arrivals(usize::from(port)),
             Completed::GivenUp => self.retire_quiet(),
             Completed::Failed { port } => {
-                let id = usize::from(port);
-                self.ports[id].postcopy.pages_failed += 1;
-                if let Err(error) = result {
-                    self.ports[id]
-                        .warn(&format_args!("a page cannot be had and is asked for again: {error}"));
-                }
-                let token = self.token(id, PortOp::LookAgain);
-                reactor.timer(FAILED_PAUSE, token.into());
+                let Err(error) = result else { return };
+                self.not_populated(reactor, usize::from(port), error);
             }
         }
         self.populate(reactor);
         self.drained(reactor);
+    }
+
+    /// A page that was asked for cannot be had.
+    fn not_populated<T: Copy + From<ControlToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        id: usize,
+        error: &io::Error,
+    ) {
+        let port = &mut self.ports[id];
+        port.postcopy.pages_failed += 1;
+        // Whoever touched it would get SIGBUS: it lies behind the end of the file, or is broken. It will not come.
+        if matches!(error.raw_os_error(), Some(libc::EFAULT | libc::EHWPOISON)) {
+            return self.lost_memory(reactor, id);
+        }
+        port.warn(&format_args!("a page cannot be had and is asked for again: {error}"));
+        if !std::mem::replace(&mut port.postcopy.looks_again, true) {
+            let token = self.token(id, PortOp::LookAgain);
+            reactor.timer(FAILED_PAUSE, token.into());
+        }
     }
 
     /// Lets rings look again whose page has come.
@@ -110,7 +134,7 @@ impl Control {
         let port = &mut self.ports[id];
         let memory = &port.memory;
         let mut awake = Vec::new();
-        port.postcopy.parked.retain(|(pair, _), (range, _)| {
+        port.postcopy.waiting.retain(|(pair, _), Waiting { range, .. }| {
             let mut missing = false;
             // The first page: a ring that still lacks others parks again, and tells which.
             memory.for_each_missing(range.gpa, 1, |_| missing = true);
@@ -127,7 +151,8 @@ impl Control {
     /// Lets all parked rings look again, whatever has come.
     pub(super) fn look_again(&mut self, id: usize) {
         let port = &mut self.ports[id];
-        let mut pairs: Vec<u16> = port.postcopy.parked.drain().map(|((pair, _), _)| pair).collect();
+        port.postcopy.looks_again = false;
+        let mut pairs: Vec<u16> = port.postcopy.waiting.drain().map(|((pair, _), _)| pair).collect();
         pairs.dedup();
         let port = port.id;
         self.commands.extend(pairs.into_iter().map(|pair| (PairKey { port, pair }, Command::Arrived)));
@@ -137,9 +162,8 @@ impl Control {
     fn drained<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>) {
         for id in 0..self.ports.len() {
             let port = &mut self.ports[id];
-            let quiet = self.engine.in_flight(port.id) + self.engine.queued(port.id) == 0;
-            if port.postcopy.draining && quiet {
-                port.postcopy.draining = false;
+            if port.postcopy.draining.is_some() && port.is_quiet(&self.engine) {
+                port.postcopy.draining = None;
                 port.plan.waiting = 0;
                 self.drive(reactor, id);
             }
@@ -152,7 +176,8 @@ impl Control {
         reactor: &mut Reactor<T>,
         id: usize,
     ) {
-        if self.ports[id].postcopy.draining {
+        // The timer of an earlier END may be that late.
+        if self.ports[id].postcopy.draining.is_some_and(|until| until <= Instant::now()) {
             self.ports[id].drain_failed(&mut self.engine);
             self.drive(reactor, id);
         }
@@ -178,26 +203,50 @@ impl Control {
     pub(super) fn scan_later<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>, id: usize) {
         let token = self.token(id, PortOp::Scan);
         let postcopy = &mut self.ports[id].postcopy;
-        if postcopy.armed && !postcopy.scanning && !postcopy.parked.is_empty() {
+        if postcopy.armed && !postcopy.scanning && !postcopy.waiting.is_empty() {
             postcopy.scanning = true;
             reactor.timer(SCAN_PAUSE, token.into());
         }
     }
 
-    /// Time to look.
+    /// Time to look, if anybody waits.
     pub(super) fn scan(&mut self, id: usize) {
-        let port = &mut self.ports[id];
-        if port.postcopy.armed && !port.postcopy.parked.is_empty() {
-            self.helper.submit(port.id, Job::Rescan(port.postcopy.regions.clone()));
+        if self.ports[id].postcopy.waiting.is_empty() {
+            self.ports[id].postcopy.scanning = false;
         } else {
-            port.postcopy.scanning = false;
+            self.scan_all(id);
         }
     }
 
-    /// A look has ended.
-    pub(super) fn scanned<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>, id: usize) {
+    /// Looks through all regions.
+    fn scan_all(&mut self, id: usize) {
+        for region in &self.ports[id].postcopy.regions {
+            region.scanned.store(0, Ordering::Relaxed);
+        }
+        self.scan_on(id);
+    }
+
+    fn scan_on(&mut self, id: usize) {
+        let port = &mut self.ports[id];
+        port.postcopy.scanning = port.postcopy.armed;
+        if port.postcopy.scanning {
+            self.helper.submit(port.id, Job::Scan(port.postcopy.regions.clone()));
+        }
+    }
+
+    /// A look has ended, perhaps before it was at the end of all regions.
+    pub(super) fn scanned<T: Copy + From<ControlToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        id: usize,
+        more: bool,
+    ) {
         self.ports[id].postcopy.scanning = false;
         self.arrivals(id);
-        self.scan_later(reactor, id);
+        if more {
+            self.scan_on(id);
+        } else {
+            self.scan_later(reactor, id);
+        }
     }
 }

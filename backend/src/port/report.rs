@@ -57,6 +57,7 @@ impl Port {
                 range.gpa
             ));
         }
+        words.extend(Some(self.uplink.report()).filter(|report| !report.is_empty()));
         if words.is_empty() { "no packets".into() } else { words.join(" ") }
     }
 }

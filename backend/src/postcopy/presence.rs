@@ -19,10 +19,10 @@ const RUNS_MAX: usize = 4096;
 
 /// Marks what of the region has come, from `from` on (bytes from its start). Returns where to go on, or None at the end.
 pub fn scan(mapping: &Mapping, map: &ResidencyMap, from: u64) -> Option<u64> {
-    if !usable(mapping) {
+    let spec = mapping.spec();
+    if !usable(mapping) || from >= spec.size {
         return None;
     }
-    let spec = mapping.spec();
     let mut at = from;
     for _ in 0..RUNS_MAX {
         // What is known to be there need not be looked at.

@@ -50,6 +50,8 @@ pub enum Done {
     Elapsed(bool),
     /// Pages are in memory, or why not.
     Populated(io::Result<()>),
+    /// The kernel side of a socket's rings has been woken.
+    Woken(io::Result<()>),
 }
 
 enum Body {
@@ -59,6 +61,7 @@ enum Body {
     Send(Box<Outgoing>),
     Poll,
     Event,
+    Wake,
     Signal(Box<libc::signalfd_siginfo>),
     Timer { _time: Box<Timespec> },
     Populate,
@@ -165,6 +168,18 @@ impl<T: Copy> Reactor<T> {
             entry = entry.flags(squeue::Flags::ASYNC);
         }
         self.start(entry, token, Body::Event, Some(eventfd))
+    }
+
+    /// Wakes the kernel side of an AF_XDP socket's rings: by a send of nothing for TX, a receive of nothing for FILL. It never
+    /// waits.
+    pub fn wake_socket(&mut self, socket: &Arc<OwnedFd>, send: bool, token: T) -> OpId {
+        let fd = Fd(socket.as_raw_fd());
+        let entry = if send {
+            opcode::Send::new(fd, std::ptr::null(), 0).flags(libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL).build()
+        } else {
+            opcode::Recv::new(fd, std::ptr::null_mut(), 0).flags(libc::MSG_DONTWAIT).build()
+        };
+        self.start(entry, token, Body::Wake, Some(socket))
     }
 
     /// Reads one signal from a signalfd.
@@ -335,6 +350,7 @@ impl<T: Copy> Reactor<T> {
                 Body::Send(message) => Done::Sent(outcome.map(|n| n as usize), message),
                 Body::Poll => Done::Ready(outcome, false),
                 Body::Event => Done::Signalled(outcome.map(drop)),
+                Body::Wake => Done::Woken(outcome.map(drop)),
                 Body::Signal(info) => Done::Signal(outcome.map(|_| *info)),
                 Body::Timer { .. } => Done::Elapsed(result == -libc::ETIME),
                 Body::Populate => Done::Populated(outcome.map(drop)),

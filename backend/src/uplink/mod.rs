@@ -1,26 +1,35 @@
 //! Uplinks: where a port's packets go.
 //!
-//! Lives here: the two small traits between a port and its uplink, and the engines (`tap`, `null`; xdp and
-//! peer have issues of their own). Not here: virtqueues and headers (`virtq`, `net`).
+//! Lives here: the two small traits between a port and its uplink, and the engines (`tap`, `xdp`, `null`; peer has an
+//! issue of its own). Not here: virtqueues and headers (`virtq`, `net`).
 //!
 //! An [`Uplink`] is the device as a whole: probed once, configured from the control helper thread, since its
 //! calls may sleep. Its [`UplinkQueue`]s, one a queue pair, move to the workers that serve the pairs and
 //! never sleep.
 
 mod burst_ring;
+#[cfg(test)]
+pub(crate) mod netlab;
 pub mod null;
+#[cfg(test)]
+mod steering_tests;
 pub mod tap;
 mod tap_queue;
+pub mod tap_steering;
 #[cfg(test)]
 mod tap_tests;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod xdp;
 
 use crate::memory::IoVec;
+use crate::net::counters::PairCounters;
+use crate::worker::Direction;
 use std::io;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// What an uplink was probed to do.
 #[derive(Clone, Copy, Debug)]
@@ -52,6 +61,9 @@ pub enum SendError {
     /// The interface is down or gone: nothing can be sent now.
     #[error("the uplink is down: {0}")]
     Down(io::Error),
+    /// The frame's source address is not the port's, and only that may send.
+    #[error("the frame's source address is not the port's")]
+    Spoofed,
     /// Guest memory behind the frame is gone (its file was truncated).
     #[error("guest memory cannot be read")]
     MemoryFault,
@@ -69,6 +81,19 @@ pub enum ReceiveError {
     /// Guest memory behind the buffers is gone (its file was truncated). A frame is lost.
     #[error("guest memory cannot be written")]
     MemoryFault,
+}
+
+/// What to do after a wake-up has ended.
+#[derive(Debug)]
+pub enum Woken {
+    /// Nothing more.
+    Done,
+    /// Wake it again: frames are left, and some were taken.
+    Again,
+    /// Wake it again after a pause: none were taken.
+    After(Duration),
+    /// The uplink cannot be used any more.
+    Down(io::Error),
 }
 
 /// Frames to be sent one after the other.
@@ -101,7 +126,7 @@ fn send_each<'a>(
     }
 }
 
-/// An uplink as a whole. All calls but `capabilities`, `describe` and `announce` may sleep.
+/// An uplink as a whole. All calls but `capabilities`, `describe`, `announce`, `front_end_left` and `report` may sleep.
 pub trait Uplink: Send + Sync {
     /// The uplink in the operator's words, e.g. `tap:vm1`.
     fn describe(&self) -> &str;
@@ -127,12 +152,28 @@ pub trait Uplink: Send + Sync {
     /// # Errors
     /// What the kernel says.
     fn announce(&self, frame: &[u8]) -> io::Result<()>;
+    /// The front-end is gone; the next one may be another guest.
+    fn front_end_left(&self) {}
+    /// What the uplink counts by itself, as words for the port's summary: `name=number …`.
+    fn report(&self) -> String {
+        String::new()
+    }
 }
 
 /// One queue of an uplink, owned by the worker that serves its queue pair. Nothing here sleeps.
 pub trait UplinkQueue: Send {
-    /// The descriptor that turns readable when a frame waits, if there is one.
-    fn readable(&self) -> Option<&Arc<OwnedFd>>;
+    /// The descriptors of which one turns readable when a frame waits; always the same.
+    fn readable(&self) -> &[Arc<OwnedFd>];
+    /// Whether it wakes whoever listens for each frame, so that a stream of them is better looked at by the clock.
+    fn wakes_often(&self) -> bool {
+        false
+    }
+    /// The descriptor that turns writable when there is room again. Without one, [`Self::wake`] and time bring room.
+    fn writable(&self) -> Option<&Arc<OwnedFd>> {
+        self.readable().first()
+    }
+    /// Where to count what only the uplink knows. Told once, before anything else.
+    fn count_into(&mut self, _counters: &Arc<PairCounters>) {}
     /// Largest layer-3 packet at the moment, bytes.
     fn mtu(&self) -> u16 {
         u16::MAX
@@ -153,4 +194,24 @@ pub trait UplinkQueue: Send {
     /// # Errors
     /// See [`ReceiveError`].
     fn receive(&mut self, buffers: &[IoVec<'_>]) -> Result<usize, ReceiveError>;
+    /// Drops what has arrived: nobody receives now, or nobody did so far. Returns how many frames that was.
+    fn discard(&mut self) -> u64 {
+        0
+    }
+    /// The socket whose kernel side has to be woken, by a send (transmit) or receive of nothing, before it goes on.
+    /// Asked once after each burst.
+    fn wake(&mut self, _direction: Direction) -> Option<&Arc<OwnedFd>> {
+        None
+    }
+    /// That has ended.
+    fn woken(&mut self, _direction: Direction, _result: &io::Result<()>) -> Woken {
+        Woken::Done
+    }
+    /// One of the descriptors has reported an error.
+    ///
+    /// # Errors
+    /// The uplink cannot be used any more; said once.
+    fn check(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }

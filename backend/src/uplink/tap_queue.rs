@@ -30,8 +30,8 @@ impl TapQueue {
 }
 
 impl UplinkQueue for TapQueue {
-    fn readable(&self) -> Option<&Arc<OwnedFd>> {
-        Some(&self.fd)
+    fn readable(&self) -> &[Arc<OwnedFd>] {
+        std::slice::from_ref(&self.fd)
     }
 
     fn mtu(&self) -> u16 {

@@ -252,7 +252,7 @@ fn an_open_tap_is_inherited() {
         let raw: Vec<_> = original
             .queues()
             .iter()
-            .map(|queue| queue.readable().unwrap().try_clone().unwrap().into_raw_fd())
+            .map(|queue| queue.readable()[0].try_clone().unwrap().into_raw_fd())
             .collect();
         original.set_queue_active(1, true).unwrap();
         drop(original);

@@ -4,7 +4,7 @@
 //! pages is not here.
 #![forbid(unsafe_code)]
 
-use super::chain::{Chain, WalkError};
+use super::chain::{Chain, MAX_CHAIN, WalkError};
 use super::split::SplitQueue;
 use crate::memory::{GuestMemory, MissingRange};
 
@@ -21,8 +21,10 @@ pub enum Purpose {
 
 /// Segments that one look takes in: a guest with very long chains must not make it long.
 const SEGMENTS_MAX: usize = 4096;
-/// Bytes of a segment that are looked at: more than any frame has.
-const SEGMENT_BYTES_MAX: u32 = 128 << 10;
+/// Bytes of a segment that are looked at: as long as any frame can be (`net::rx::SPILL_BYTES`).
+const SEGMENT_BYTES_MAX: u32 = 68 << 10;
+/// What a chain counts that could not be taken apart: as long as it may have been, in segments.
+const FAILED_WALK: usize = MAX_CHAIN;
 
 impl SplitQueue {
     /// Calls `visit` with what is missing of the ring, or else of the first `chains_max` chains that wait in it. `chain` is
@@ -41,14 +43,14 @@ impl SplitQueue {
         if self.refill().is_err() {
             return;
         }
-        let waiting = self.avail_cached.wrapping_sub(self.next_avail).min(chains_max);
+        let waiting = self.avail_cached.get().wrapping_sub(self.next_avail.get()).min(chains_max);
         let Ok(ring) = self.ring.access() else { return };
         let mut segments = 0;
         for ahead in 0..waiting {
-            if segments > SEGMENTS_MAX {
+            if segments >= SEGMENTS_MAX {
                 return;
             }
-            let head = ring.avail_head(self.next_avail.wrapping_add(ahead));
+            let head = ring.avail_head(self.next_avail.get().wrapping_add(ahead));
             let Some(first) = ring.descriptor(head) else { return };
             match chain.walk(ring, mem, self.config.indirect, head, first) {
                 Ok(()) => {
@@ -60,8 +62,12 @@ impl SplitQueue {
                         });
                     }
                 }
-                Err(WalkError::Missing(range)) => visit(range, Purpose::IndirectTable),
-                Err(WalkError::Bad(_)) => {}
+                Err(WalkError::Missing(range)) => {
+                    // Nothing of the table was read if its first page is missing, which is the usual case.
+                    segments += if range.gpa <= first.addr().0 { 1 } else { FAILED_WALK };
+                    visit(range, Purpose::IndirectTable);
+                }
+                Err(WalkError::Bad(_)) => segments += FAILED_WALK,
             }
         }
     }

@@ -29,9 +29,12 @@ impl Pair {
             let Some(ring) = half.ring.as_mut().filter(|ring| ring.look_ahead) else { continue };
             ring.look_ahead = false;
             let parked = ring.parked;
+            let blind = &mut ring.blind;
+            *blind = false;
             // What nothing moves without goes first.
             let mut ranges: Vec<_> = parked.map(|range| (range, Purpose::Buffer)).into_iter().collect();
             ring.queue.look_ahead(memory, CHAINS_AHEAD, &mut shared.ahead, |range, purpose| {
+                *blind |= purpose != Purpose::Buffer;
                 if Some(range) == parked {
                     ranges[0].1 = purpose;
                 } else if ranges.len() < RANGES_MAX {

@@ -24,6 +24,8 @@ pub(super) struct Ring {
     pub(super) parked: Option<MissingRange>,
     /// Chains may have come whose pages are missing: look at them before their turn comes (postcopy).
     pub(super) look_ahead: bool,
+    /// The last look ended before the chains, since the ring or a table has not arrived (postcopy).
+    pub(super) blind: bool,
 }
 
 impl Ring {

@@ -10,6 +10,7 @@
 //! ```
 
 mod ahead;
+mod arrivals;
 pub mod datapath;
 mod half;
 pub mod pair;
@@ -17,6 +18,7 @@ pub mod pair;
 mod tests;
 pub mod thread;
 mod turn;
+mod wake;
 
 use crate::memory::{GuestMemory, MissingRange};
 use crate::net::counters::PairCounters;
@@ -181,10 +183,16 @@ pub struct PairToken {
 pub enum What {
     /// Poll of a kick eventfd.
     Kick(Direction),
-    /// Poll of the uplink for frames.
-    UplinkReadable,
+    /// Poll of one of the uplink's descriptors for frames.
+    UplinkReadable(u16),
+    /// The time between two looks at an uplink that nobody listens to.
+    UplinkLook,
     /// Poll of the uplink for room.
     UplinkWritable,
+    /// Wake-up of the uplink's kernel side.
+    UplinkWake(Direction),
+    /// The pause before the next one.
+    UplinkPause(Direction),
     /// Write to a call eventfd.
     Call(Direction),
     /// Write to an error eventfd.

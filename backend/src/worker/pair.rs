@@ -4,8 +4,10 @@
 //! each ring (`half`). Nothing sleeps.
 #![forbid(unsafe_code)]
 
+use super::arrivals::{self, Arrivals, Next};
 use super::datapath::Shared;
 use super::half::{Half, Ring};
+use super::wake::Wakes;
 use super::{Attachment, Command, Direction, Event, PairKey, PairToken, Reply, ToControl, What};
 use crate::memory::GuestMemory;
 use crate::net::counters::PairCounters;
@@ -15,6 +17,7 @@ use crate::uplink::UplinkQueue;
 use crate::virtq::{QueueConfig, SplitQueue};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// A queue pair.
 pub struct Pair {
@@ -23,11 +26,16 @@ pub struct Pair {
     pub(super) memory: GuestMemory,
     pub(super) features: u64,
     pub(super) uplink: Box<dyn UplinkQueue>,
-    uplink_poll: Option<OpId>,
+    /// Polls of the uplink's descriptors; empty: it is not looked at. One that has ended is `None`.
+    uplink_polls: Vec<Option<OpId>>,
     /// Frames may wait at the uplink.
     pub(super) uplink_readable: bool,
     uplink_epoch: u32,
+    pub(super) arrivals: Arrivals,
+    /// Nobody listens to the uplink: it is looked at by the clock.
+    looking: bool,
     writable_poll: bool,
+    pub(super) wakes: Wakes,
     pub(super) receiver: Receiver,
     pub(super) rx: Half,
     pub(super) tx: Half,
@@ -40,20 +48,25 @@ pub struct Pair {
 impl Pair {
     /// A pair without a front-end.
     pub fn new(attachment: Attachment, slot: u32) -> Self {
+        let Attachment { key, mut uplink, counters } = attachment;
+        uplink.count_into(&counters);
         Self {
-            key: attachment.key,
+            key,
             slot,
             memory: GuestMemory::empty(),
             features: 0,
-            uplink: attachment.uplink,
-            uplink_poll: None,
+            uplink,
+            uplink_polls: Vec::new(),
             uplink_readable: false,
             uplink_epoch: 0,
+            arrivals: Arrivals::default(),
+            looking: false,
             writable_poll: false,
+            wakes: Wakes::default(),
             receiver: Receiver::default(),
             rx: Half::default(),
             tx: Half::default(),
-            counters: attachment.counters,
+            counters,
             queued: false,
             uplink_down: false,
         }
@@ -82,8 +95,8 @@ impl Pair {
             What::Kick(direction) => self.half_ref(direction).epoch,
             What::Call(direction) => self.half_ref(direction).call.epoch(),
             What::Error(direction) => self.half_ref(direction).error.epoch(),
-            What::UplinkReadable => self.uplink_epoch,
-            What::UplinkWritable => 0,
+            What::UplinkReadable(_) | What::UplinkLook => self.uplink_epoch,
+            What::UplinkWritable | What::UplinkWake(_) | What::UplinkPause(_) => 0,
         };
         PairToken { slot: self.slot, epoch, what }
     }
@@ -146,8 +159,10 @@ impl Pair {
             }
             Command::Arrived => {
                 for half in [&mut self.rx, &mut self.tx] {
-                    if let Some(ring) = half.ring.as_mut().filter(|ring| ring.parked.is_some()) {
-                        ring.look_again();
+                    match &mut half.ring {
+                        Some(ring) if ring.parked.is_some() => ring.look_again(),
+                        Some(ring) => ring.look_ahead |= ring.blind,
+                        None => {}
                     }
                 }
             }
@@ -174,6 +189,13 @@ impl Pair {
         shared: &mut Shared,
     ) {
         for direction in [Direction::Receive, Direction::Transmit] {
+            if direction == Direction::Receive
+                && memory.is_incomplete()
+                && let Some(ring) = &mut self.rx.ring
+            {
+                // A frame that waits for more buffers has taken some, whose pages may be missing now.
+                self.receiver.abandon(&mut ring.queue, &self.counters);
+            }
             let Some(ring) = &mut self.half(direction).ring else { continue };
             match ring.queue.remap(&memory) {
                 Ok(()) => ring.look_again(),
@@ -211,6 +233,7 @@ impl Pair {
             listening: false,
             parked: None,
             look_ahead: true,
+            blind: false,
         });
         self.rearm_kick(reactor, direction);
         self.uplink_down &= direction == Direction::Transmit;
@@ -253,22 +276,52 @@ impl Pair {
     /// Polls the uplink for frames exactly while the receive ring can take some.
     pub(super) fn watch_uplink<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>) {
         let wanted = self.rx.ring.is_some() && self.rx.enabled && !self.uplink_down;
-        match (wanted, self.uplink_poll) {
-            (true, None) => {
+        match (wanted, self.uplink_polls.is_empty()) {
+            (true, true) => {
                 self.uplink_epoch = self.uplink_epoch.wrapping_add(1);
-                let token = self.token(What::UplinkReadable);
-                if let Some(fd) = self.uplink.readable() {
-                    self.uplink_poll = Some(reactor.poll(fd, libc::POLLIN, token.into()));
-                }
+                // What came while nobody looked is stale.
+                self.uplink.discard();
+                self.uplink_polls.resize(self.uplink.readable().len(), None);
             }
-            (false, Some(op)) => {
-                reactor.cancel(op);
-                // What it still reports, its cancellation first of all, means nothing.
+            (false, false) => {
+                self.uplink_polls.drain(..).flatten().for_each(|op| reactor.cancel(op));
+                // What they still report, their cancellation first of all, means nothing.
                 self.uplink_epoch = self.uplink_epoch.wrapping_add(1);
-                self.uplink_poll = None;
+                self.looking = false;
                 self.uplink_readable = false;
+                self.counters.rx_dropped_stopped.add(self.uplink.discard());
+                self.wake_uplink(reactor, Direction::Receive);
             }
             _ => {}
+        }
+        if self.looking {
+            return;
+        }
+        let epoch = self.uplink_epoch;
+        for (index, (poll, fd)) in self.uplink_polls.iter_mut().zip(self.uplink.readable()).enumerate() {
+            if poll.is_none() {
+                let token = PairToken { slot: self.slot, epoch, what: What::UplinkReadable(index as u16) };
+                *poll = Some(reactor.poll(fd, libc::POLLIN, token.into()));
+            }
+        }
+    }
+
+    /// The uplink has no frame more: the next one wakes us, or we look for it in a moment.
+    pub(super) fn uplink_ran_dry<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>) {
+        self.uplink_readable = false;
+        let next = match self.uplink.wakes_often() {
+            true => self.arrivals.ran_dry(Instant::now()),
+            false => Next::Listen,
+        };
+        if next == Next::Pause {
+            if !std::mem::replace(&mut self.looking, true) {
+                self.uplink_polls.iter_mut().filter_map(Option::take).for_each(|op| reactor.cancel(op));
+                self.uplink_epoch = self.uplink_epoch.wrapping_add(1);
+            }
+            reactor.timer(arrivals::PAUSE, self.token(What::UplinkLook).into());
+        } else {
+            self.looking = false;
+            self.watch_uplink(reactor);
         }
     }
 
@@ -310,15 +363,29 @@ impl Pair {
                     self.rearm_kick(reactor, direction);
                 }
             }
-            (What::UplinkReadable, Done::Ready(result, more)) => {
+            (What::UplinkReadable(index), Done::Ready(result, more)) => {
                 // When the poll has ended it is armed again once nothing waits to be read: one that reports an
                 // error of the uplink at once, again and again, must not keep the loop busy.
-                if !more {
-                    self.uplink_poll = None;
+                if let Some(poll) = self.uplink_polls.get_mut(usize::from(index)).filter(|_| !more) {
+                    *poll = None;
                 }
-                if let Err(error) = result {
-                    return self.uplink_lost(reactor, format!("it cannot be polled: {error}"), shared);
+                match result {
+                    Err(error) => {
+                        return self.uplink_lost(reactor, format!("it cannot be polled: {error}"), shared);
+                    }
+                    Ok(events) if events & libc::POLLERR as u32 != 0 => {
+                        if let Err(error) = self.uplink.check() {
+                            return self.uplink_lost(reactor, error.to_string(), shared);
+                        }
+                    }
+                    Ok(_) => {}
                 }
+                self.uplink_readable = true;
+                if let Some(ring) = &mut self.rx.ring {
+                    ring.pending = true;
+                }
+            }
+            (What::UplinkLook, _) => {
                 self.uplink_readable = true;
                 if let Some(ring) = &mut self.rx.ring {
                     ring.pending = true;
@@ -330,6 +397,10 @@ impl Pair {
                     ring.pending = true;
                 }
             }
+            (What::UplinkWake(direction), Done::Woken(result)) => {
+                self.uplink_woken(reactor, direction, result, shared);
+            }
+            (What::UplinkPause(direction), _) => self.uplink_paused(reactor, direction),
             (What::Call(direction), Done::Signalled(result)) => {
                 self.half(direction).call.done(reactor, token, result);
             }
@@ -342,9 +413,13 @@ impl Pair {
 
     pub(super) fn wait_writable<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>) {
         let token = self.token(What::UplinkWritable);
-        if let Some(fd) = self.uplink.readable().filter(|_| !self.writable_poll) {
-            self.writable_poll = true;
-            reactor.poll_once(fd, libc::POLLOUT, token.into());
+        match self.uplink.writable() {
+            Some(_) if self.writable_poll => {}
+            Some(fd) => {
+                self.writable_poll = true;
+                reactor.poll_once(fd, libc::POLLOUT, token.into());
+            }
+            None => self.wait_for_room(reactor),
         }
     }
 

@@ -24,10 +24,12 @@ impl Pair {
     pub fn turn<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, shared: &mut Shared) {
         self.queued = false;
         self.transmit(reactor, shared);
+        self.wake_uplink(reactor, Direction::Transmit);
         self.receive(reactor, shared);
         if self.looks_ahead() {
             self.look_ahead(shared);
         }
+        self.wake_uplink(reactor, Direction::Receive);
         if self.memory.poisoned() {
             self.fail_memory(reactor, shared);
         }
@@ -64,6 +66,9 @@ impl Pair {
                 }
                 End::UplinkFull => {
                     ring.pending = false;
+                    if used > 0 {
+                        self.found_room();
+                    }
                     self.wait_writable(reactor);
                     Ok(())
                 }
@@ -109,12 +114,12 @@ impl Pair {
                 &self.counters,
                 BURST,
             );
+            self.arrivals.add(used);
             let call = finish_burst(queue, used, &self.counters);
             let outcome = match end {
                 End::Budget => Ok(()),
                 End::Idle => {
-                    self.uplink_readable = false;
-                    self.watch_uplink(reactor);
+                    self.uplink_ran_dry(reactor);
                     Ok(())
                 }
                 End::NoBuffers if ring.kick.is_some() => ring.await_kick(),

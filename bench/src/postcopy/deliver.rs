@@ -30,7 +30,6 @@ struct Shared {
     finish: AtomicBool,
     finished: AtomicBool,
     outstanding: AtomicU64,
-    placed: AtomicU64,
 }
 
 /// How it ended.
@@ -51,6 +50,14 @@ pub struct Client {
     pub uffd: Uffd,
     /// Where it has mapped the region.
     pub base: u64,
+}
+
+impl Client {
+    /// The page of `pages` that a fault is for, if there is such a page.
+    pub fn page(&self, event: Event, pages: u64) -> Option<u64> {
+        let Event::Fault(address) = event else { return None };
+        address.checked_sub(self.base).map(|offset| offset / PAGE).filter(|&page| page < pages)
+    }
 }
 
 /// The running thread.
@@ -76,11 +83,6 @@ impl Deliverer {
     /// How many pages the back-end waits for at the moment.
     pub fn outstanding(&self) -> u64 {
         self.shared.outstanding.load(Ordering::Relaxed)
-    }
-
-    /// Pages that have been placed so far.
-    pub fn placed(&self) -> u64 {
-        self.shared.placed.load(Ordering::Relaxed)
     }
 
     /// Lets all pages come that are still missing, at once.
@@ -147,20 +149,13 @@ impl Loop {
         let (schedule, findings) = (&mut self.schedule, &self.findings);
         let (base, pages) = (self.client.base, self.guest.pages());
         let mut late = Vec::new();
-        let client = self.client.uffd.events(|event| match event {
-            Event::Fault(address) => {
-                let page = address.wrapping_sub(base) / PAGE;
-                if address < base || page >= pages {
-                    findings
-                        .add(Wrong::StrangeEvent, || format!("a fault at {address:#x}: not in the table"));
-                } else if schedule.fault(page, Asker::BackEnd, now) == Answer::Here {
+        let client = self.client.uffd.events(|event| match self.client.page(event, pages) {
+            Some(page) => {
+                if schedule.fault(page, Asker::BackEnd, now) == Answer::Here {
                     late.push(base + page * PAGE);
                 }
             }
-            Event::Other(kind) => {
-                findings
-                    .add(Wrong::StrangeEvent, || format!("event {kind:#x} on the back-end's userfaultfd"));
-            }
+            None => findings.add(Wrong::StrangeEvent, || format!("{event:x?} is for no page of the table")),
         });
         client.context("reading the back-end's userfaultfd")?;
         for address in late {
@@ -193,7 +188,6 @@ impl Loop {
         if !self.schedule.placed(page, now) {
             self.findings.add(Wrong::DeliveredTwice, || format!("page {page}"));
         }
-        self.shared.placed.fetch_add(1, Ordering::Relaxed);
         self.publish();
         Ok(())
     }

@@ -24,6 +24,8 @@ use super::sleeper;
 /// After so long without a packet the driver naps between two looks.
 const PATIENCE: Duration = Duration::from_micros(300);
 const NAP: Duration = Duration::from_micros(30);
+/// Pause of the processor between two looks before that.
+const SPINS: u32 = 16;
 /// Distance of the notes on how many packets there were.
 const NOTE_EVERY: Duration = Duration::from_millis(1);
 /// Packets of one ring before the other has its turn.
@@ -215,6 +217,9 @@ impl GuestCpu {
                 moved = now;
             } else if now - moved > PATIENCE {
                 std::thread::sleep(NAP);
+            } else {
+                // Looking without a break would take the line with the index from the device all the time.
+                (0..SPINS).for_each(|_| std::hint::spin_loop());
             }
         }
         self.out.notes.push((Instant::now(), self.out.used[self.job.direction.ring()]));

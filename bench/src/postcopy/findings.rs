@@ -33,7 +33,7 @@ pub enum Wrong {
     /// A page was delivered twice: a fault of this program.
     DeliveredTwice,
     /// The ring went on after GET_VRING_BASE was answered, or the base is not where it stopped.
-    WrongBase,
+    FalseBase,
 }
 
 /// What was found, by kind: how often, and the first one in words.

@@ -16,7 +16,7 @@ use super::layout::{Layout, RINGS, RX, TX, fill};
 use super::mapping::{Mapping, pages_with_content};
 use super::packet::{self, HEADER};
 use super::ring::Ring;
-use super::uffd::{Faults, Uffd};
+use super::uffd::Uffd;
 
 /// Both ring indices when the destination takes over: soon to wrap, and never what a page of zeros says.
 pub const BASE: u16 = 65_300;
@@ -42,7 +42,7 @@ impl Guest {
         let file = File::from(memfd_create("guest", MFdFlags::MFD_CLOEXEC)?);
         file.set_len(len)?;
         let map = Mapping::of_file(&file, len)?;
-        let uffd = Uffd::new(Faults::UserOnly).context("a userfaultfd for our own mapping")?;
+        let uffd = Uffd::new().context("a userfaultfd for our own mapping")?;
         uffd.register(map.address(), len).context("registering our own mapping")?;
         let source = Mapping::private(len)?;
         let mut bytes = [0; PAGE as usize];

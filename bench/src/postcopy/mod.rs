@@ -38,31 +38,33 @@ mod session;
 mod sides;
 mod sleeper;
 mod table;
+#[cfg(test)]
+mod tests;
 mod uffd;
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
-use crate::interrupt;
 use crate::testpmd::{self, HugePages, Memory};
+use crate::{interrupt, procstat};
 use driver::Direction;
-use run::Case;
+use run::{Case, Outcome};
 use schedule::Link;
-use sides::{BackEnd, Side};
+use sides::{BackEnd, OTHER_CPU, Side};
 use table::{Report, Row};
 
 /// Size of a page of guest memory, in bytes.
 const PAGE: u64 = 4096;
-/// The CPU of this program where it starts the back-ends itself.
-const OTHER_CPU: usize = 1;
 /// For one testpmd of 192 MiB in pages of 2 MiB, and its own tables.
 const HUGEPAGES: u64 = 128;
 /// Buffers per ring entry where the ring is stopped often: the stall must last.
 const STOP_BUFFERS: u64 = 16;
+/// Stops come within so many times the latency: as long as DPDK holds a queue for one burst.
+const STOP_WITHIN: u64 = 32;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -156,7 +158,7 @@ impl Args {
         let buffers = self.buffers.unwrap_or(u64::from(self.ring_size));
         ensure!(buffers >= u64::from(self.ring_size), "--buffers must be at least --ring-size");
         ensure!(
-            buffers % u64::from(self.ring_size) == 0 && buffers <= 1 << 20,
+            buffers.is_multiple_of(u64::from(self.ring_size)) && buffers <= 1 << 20,
             "--buffers is a multiple of --ring-size, at most 1048576"
         );
         ensure!(self.background <= 10_000_000, "--background is at most 10000000 pages per second");
@@ -183,6 +185,7 @@ impl Args {
                     mergeable: self.mergeable,
                     packets: self.packets,
                     stops: self.stops,
+                    stop_within: Duration::from_micros(STOP_WITHIN * latency_us),
                     steady: Duration::from_millis(self.steady_ms),
                     limit: Duration::from_secs(self.limit_s),
                 };
@@ -265,12 +268,35 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// One case at one side, which is started afresh.
-fn one(side: &Side, case: &Case) -> Result<run::Outcome> {
+/// One case at one side, which is started afresh. Where stops are wanted, machines come and go until there were
+/// enough of them.
+fn one(side: &Side, case: &Case) -> Result<Outcome> {
     let mut backend = BackEnd::start(side, case.direction)?;
-    let result = run::measure(backend.socket(), case);
-    if let (Err(e), Some(how)) = (&result, backend.ended()) {
-        bail!("{e:#}; {how}");
+    let start = Instant::now();
+    let mut all: Option<Outcome> = None;
+    loop {
+        let began = (Instant::now(), waited(&backend));
+        let mut outcome = match run::measure(backend.socket(), case) {
+            Ok(outcome) => outcome,
+            Err(e) => match backend.ended() {
+                Some(how) => bail!("{e:#}; {how}"),
+                None => return Err(e),
+            },
+        };
+        if let ((at, Some(before)), Some(after)) = (began, waited(&backend)) {
+            let missing = after.saturating_sub(before) as f64 / at.elapsed().as_nanos() as f64;
+            outcome.cpu_missing_percent = Some(100.0 * missing);
+        }
+        if let Some(before) = all {
+            outcome.join(before);
+        }
+        if outcome.stops.len() >= case.stops || start.elapsed() > case.limit {
+            return Ok(outcome);
+        }
+        all = Some(outcome);
     }
-    result
+}
+
+fn waited(backend: &BackEnd) -> Option<u64> {
+    backend.pid().and_then(|pid| procstat::cpu_wait_ns(pid).ok())
 }

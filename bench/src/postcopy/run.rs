@@ -18,7 +18,7 @@ use super::layout::{Layout, RINGS, RX, TX};
 use super::packet::HEADER;
 use super::rates::{self, Times, ms};
 use super::ring;
-use super::schedule::{Counts, Link, Schedule};
+use super::schedule::{Asker, Counts, Link, Schedule};
 use super::session::Session;
 use crate::interrupt;
 
@@ -28,6 +28,9 @@ const BEFORE_ACK: Duration = Duration::from_millis(20);
 const PING_EVERY: Duration = Duration::from_millis(1);
 /// After GET_VRING_BASE the ring is watched for this long.
 const AFTER_STOP: Duration = Duration::from_millis(2);
+/// A stall is over when a back-end waits for no page at any of so many looks, so far apart.
+const STALL_LOOKS: u32 = 40;
+const STALL_LOOK: Duration = Duration::from_micros(50);
 /// When all pages are here, a ring that does not move for this long stands still.
 const STANDSTILL: Duration = Duration::from_secs(3);
 /// How long an answer may take where no page ever comes, before the back-end counts as stuck.
@@ -57,6 +60,8 @@ pub struct Case {
     pub packets: u64,
     /// How often the ring is stopped during stalls; 0: never, and the time to full rate is taken instead.
     pub stops: usize,
+    /// The longest time from a restart to the next stop; in between they are as likely at any moment.
+    pub stop_within: Duration,
     /// How long traffic goes on after that, or without any page.
     pub steady: Duration,
     /// How long the packets may take.
@@ -89,6 +94,9 @@ pub struct Outcome {
     pub ping: Option<Times>,
     /// GET_VRING_BASE during stalls.
     pub stop: Option<Times>,
+    /// The same, one by one.
+    #[serde(skip)]
+    pub stops: Vec<Duration>,
     /// POSTCOPY_END.
     pub end_ms: Option<f64>,
     /// Where no page ever came.
@@ -97,6 +105,9 @@ pub struct Outcome {
     pub used: [u64; RINGS],
     /// Packets that did not come back though later ones did.
     pub lost: u64,
+    /// Part of the run, in percent, in which threads of the back-end were ready to run and had no CPU; where the
+    /// process is known. Numbers of a run in which that is much say little.
+    pub cpu_missing_percent: Option<f64>,
     /// What the back-end did wrong.
     pub wrong: Summary,
 }
@@ -111,11 +122,22 @@ impl Outcome {
             faults,
             ping: None,
             stop: None,
+            stops: Vec::new(),
             end_ms: None,
             stuck: None,
             used: driver.used,
             lost: driver.lost,
+            cpu_missing_percent: None,
             wrong: findings.summary(),
+        }
+    }
+
+    /// Takes the stops of an earlier machine, and what was wrong there, into this one.
+    pub fn join(&mut self, before: Self) {
+        self.stops.extend(before.stops);
+        self.stop = Times::of(&self.stops);
+        for (wrong, (count, first)) in before.wrong {
+            self.wrong.entry(wrong).or_insert((0, first)).0 += count;
         }
     }
 }
@@ -176,7 +198,7 @@ pub fn measure(socket: &Path, case: &Case) -> Result<Outcome> {
     let uffd = session.advise()?;
     session.listen()?;
     let client = session.send_table(&guest, uffd)?;
-    check_untouched(&guest, &client, &schedule, &findings)?;
+    check_untouched(&guest, &client, &mut schedule, &findings)?;
     let deliverer = Deliverer::start(Arc::clone(&guest), client, schedule, findings.clone())?;
     let mut threads = Threads { guest: Arc::clone(&guest), driver: None, deliverer: Some(deliverer) };
     session.acknowledge_table()?;
@@ -191,10 +213,19 @@ pub fn measure(socket: &Path, case: &Case) -> Result<Outcome> {
 }
 
 /// Before the acknowledgement, no fault may have been raised and no page filled.
-fn check_untouched(guest: &Guest, client: &Client, schedule: &Schedule, findings: &Findings) -> Result<()> {
+fn check_untouched(
+    guest: &Guest,
+    client: &Client,
+    schedule: &mut Schedule,
+    findings: &Findings,
+) -> Result<()> {
     std::thread::sleep(BEFORE_ACK);
     client.uffd.events(|event| {
         findings.add(Wrong::TouchedBeforeAck, || format!("{event:x?}"));
+        // It must be answered all the same: nobody else will see it.
+        if let Some(page) = client.page(event, guest.pages()) {
+            schedule.fault(page, Asker::BackEnd, 0);
+        }
     })?;
     for (page, content) in guest.content()?.into_iter().enumerate() {
         if content && !schedule.is_here(page as u64) {
@@ -248,6 +279,7 @@ impl Run<'_> {
             last_page_ms: delivered.last_wanted.map(since),
             ping: Times::of(&pings),
             stop: Times::of(&stops),
+            stops,
             end_ms: Some(end_ms),
             ..out
         })
@@ -280,28 +312,23 @@ impl Run<'_> {
     /// Stops and restarts the ring during stalls, at moments that have nothing to do with the pages'.
     fn stop_often(&mut self, start: Instant, stops: &mut Vec<Duration>) -> Result<()> {
         let ring = self.case.direction.ring();
-        let latency = self.case.link.latency_ns.unwrap_or(0);
-        let mut dice = 0x2545_f491_4f6c_dd1du64;
+        let place = self.guest.layout.ring(ring);
+        let mut dice = start.elapsed().as_nanos() as u64 | 1;
         while stops.len() < self.case.stops && start.elapsed() < self.case.limit {
-            interrupt::check()?;
-            self.check_threads()?;
-            if self.threads.driver()?.failed() {
-                break;
-            }
             dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            let pause = latency / 8 + (dice >> 33) % latency.max(1);
-            std::thread::sleep(Duration::from_nanos(pause));
-            let pages = self.threads.deliverer()?.placed();
-            if self.threads.deliverer()?.outstanding() == 0 {
-                // Nothing is asked for: have all buffers come?
-                if pages >= self.case.buffers {
-                    break;
-                }
-                continue;
+            let share = (dice >> 40) as f64 / (1u64 << 24) as f64;
+            interrupt::sleep(self.case.stop_within.mul_f64(share))?;
+            self.check_threads()?;
+            // Between two pages of a back-end that wants one at a time there is a moment without any.
+            let stalled = (0..STALL_LOOKS).any(|_| {
+                std::thread::sleep(STALL_LOOK);
+                self.threads.deliverer().is_ok_and(|d| d.outstanding() > 0)
+            });
+            if !stalled || self.threads.driver()?.failed() {
+                break;
             }
             let (took, base) = self.stop(ring)?;
             stops.push(took);
-            let place = self.guest.layout.ring(ring);
             self.session.start_ring(ring, &place, base, self.guest.map.address(), &self.events[ring])?;
         }
         Ok(())
@@ -315,7 +342,7 @@ impl Run<'_> {
         std::thread::sleep(AFTER_STOP);
         let (now, _) = ring::indices(&self.guest.map, &place);
         if then != now || base != now {
-            self.findings.add(Wrong::WrongBase, || {
+            self.findings.add(Wrong::FalseBase, || {
                 format!("ring {ring} answered base {base}; used.idx was {then} then and {now} a little later")
             });
         }
@@ -347,7 +374,8 @@ impl Run<'_> {
     /// No page ever comes: does the back-end answer all the same, and can its port be used again?
     fn for_ever(mut self, socket: &Path, start: Instant) -> Result<Outcome> {
         let mut pings = Vec::new();
-        self.session.set_patience(STUCK);
+        let patience = self.case.limit.min(STUCK);
+        self.session.set_patience(patience);
         // A back-end that is stuck in its control thread answers nothing from the start.
         let mut answers = self.session.driver_ok().is_ok();
         while answers && start.elapsed() < self.case.steady {
@@ -362,7 +390,7 @@ impl Run<'_> {
         if let Some((_, base)) = stop
             && base != BASE
         {
-            self.findings.add(Wrong::WrongBase, || format!("base {base} where nothing could be used"));
+            self.findings.add(Wrong::FalseBase, || format!("base {base} where nothing could be used"));
         }
         // QEMU is gone.
         drop(self.session);
@@ -374,7 +402,7 @@ impl Run<'_> {
         self.guest.give_up();
         let driver = driver.join()?;
         let next = [Events::new()?, Events::new()?];
-        let usable_again = Session::open_within(socket, 0, &next, STUCK).is_ok();
+        let usable_again = Session::open_within(socket, 0, &next, patience).is_ok();
         Ok(Outcome {
             ping: Times::of(&pings),
             stop: stop.and_then(|(took, _)| Times::of(&[took])),

@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -16,6 +17,8 @@ use crate::{interrupt, procstat};
 
 /// The back-end's CPU.
 const BACKEND_CPU: usize = 0;
+/// The CPU of this program where it starts the back-ends itself.
+pub const OTHER_CPU: usize = 1;
 const MEMORY_MIB: u32 = 192;
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 const END_TIMEOUT: Duration = Duration::from_secs(3);
@@ -48,7 +51,6 @@ impl Side {
     }
 }
 
-#[expect(clippy::large_enum_variant, reason = "there is one of them at a time")]
 enum Process {
     None,
     Plain(Child),
@@ -95,6 +97,7 @@ impl BackEnd {
                     Direction::Rx => "txonly",
                     Direction::Echo => "io",
                 })?;
+                free_control_thread(testpmd.pid())?;
                 Process::Testpmd(testpmd)
             }
             Side::Socket(_) => Process::None,
@@ -107,6 +110,15 @@ impl BackEnd {
         &self.socket
     }
 
+    /// Its process id, if it was started here.
+    pub fn pid(&self) -> Option<u32> {
+        match &self.process {
+            Process::None => None,
+            Process::Plain(child) => Some(child.id()),
+            Process::Testpmd(testpmd) => Some(testpmd.pid()),
+        }
+    }
+
     /// How it ended, if it did.
     pub fn ended(&mut self) -> Option<String> {
         match &mut self.process {
@@ -117,6 +129,22 @@ impl BackEnd {
             Process::Testpmd(testpmd) => testpmd.ended(),
         }
     }
+}
+
+/// DPDK's control thread spins for a queue's lock while the packet thread waits for pages under it. On one CPU the
+/// two would keep each other from running, which nobody does to them in earnest: it may have ours, too.
+fn free_control_thread(pid: u32) -> Result<()> {
+    let mut both = CpuSet::new();
+    both.set(BACKEND_CPU)?;
+    both.set(OTHER_CPU)?;
+    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
+        let task = task?;
+        let name = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+        if let (true, Some(id)) = (name.contains("vhost"), task.file_name().to_str()) {
+            sched_setaffinity(Pid::from_raw(id.parse()?), &both)?;
+        }
+    }
+    Ok(())
 }
 
 fn spawn(mut command: Command, socket: &Path) -> Result<Child> {

@@ -39,7 +39,7 @@ pub struct Report {
 type Number = fn(&Outcome) -> Option<f64>;
 
 /// Names, digits behind the point, numbers.
-const LINES: [(&str, usize, Number); 17] = [
+const LINES: [(&str, usize, Number); 18] = [
     ("ring start to packets, ms", 1, |o| o.to_packets_ms),
     ("ring start to 90 % of full rate, ms", 1, |o| o.to_full_rate_ms),
     ("full rate, Mpps", 2, |o| o.full_rate_pps.map(|r| r / 1e6)),
@@ -55,6 +55,7 @@ const LINES: [(&str, usize, Number); 17] = [
     ("GET_VRING_BASE in a stall, p99 ms", 3, |o| o.stop.map(|t| t.p99_ms)),
     ("GET_VRING_BASE in a stall, max ms", 3, |o| o.stop.map(|t| t.max_ms)),
     ("POSTCOPY_END, ms", 3, |o| o.end_ms),
+    ("back-end ready but without CPU, %", 0, |o| o.cpu_missing_percent),
     ("GET_VRING_BASE is answered, 1 = yes", 0, |o| o.stuck.map(|s| f64::from(u8::from(s.stop_answered)))),
     ("port usable afterwards, 1 = yes", 0, |o| o.stuck.map(|s| f64::from(u8::from(s.usable_again)))),
 ];

@@ -57,16 +57,6 @@ mod ioctl {
     nix::ioctl_readwrite!(copy, 0xaa, 0x03, UffdioCopy);
 }
 
-/// How the kernel may fault on a userfaultfd.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Faults {
-    /// Only this program's own loads and stores: needs no privilege.
-    UserOnly,
-    /// System calls too (CAP_SYS_PTRACE, or vm.unprivileged_userfaultfd = 1): what a back-end needs.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the tests' back-end makes such a one"))]
-    All,
-}
-
 /// What a userfaultfd told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
@@ -81,13 +71,11 @@ pub enum Event {
 pub struct Uffd(OwnedFd);
 
 impl Uffd {
-    /// A new one, which does not block.
-    pub fn new(faults: Faults) -> io::Result<Self> {
+    /// A new one, which does not block. It is for loads and stores only, not for system calls on missing pages, and
+    /// so needs no privilege.
+    pub fn new() -> io::Result<Self> {
         const USER_MODE_ONLY: libc::c_int = 1;
-        let mut flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-        if faults == Faults::UserOnly {
-            flags |= USER_MODE_ONLY;
-        }
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
         // SAFETY: the system call takes one number and touches no memory of ours.
         let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
         if fd < 0 {

@@ -18,6 +18,9 @@ pub const FLOOD_SLOT: u32 = 0;
 pub const PORTS_MAX: u32 = 256;
 /// Receive queues of one interface at most.
 pub const QUEUES_MAX: u32 = 64;
+/// Value in `mac_table` of an address whose port is not known at the moment: its frames are dropped and counted. A process
+/// that takes over the maps of an earlier one puts it to all addresses, since ports may have other numbers now.
+pub const NO_PORT: u32 = u32::MAX;
 /// MAC addresses of one interface's ports at most.
 pub const MACS_MAX: u32 = 4096;
 
@@ -41,13 +44,13 @@ pub struct Steer {
     pub count: u32,
 }
 
-/// The one entry of `xdp_config`.
+/// The one entry of `xdp_config`. The first three fields stay where they are in all layouts.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
     /// [`crate::LAYOUT`] of the program that made the maps.
     pub layout: u32,
-    /// The process that serves the sockets.
+    /// The process that serves the sockets; 0: none.
     pub pid: u32,
     /// When it was started, clock ticks after boot.
     pub start_time: u64,
@@ -58,7 +61,9 @@ pub struct Config {
     /// Slots for each queue in `xsk_socks`.
     pub slots: u32,
     /// 0: broadcast and multicast go to the stack; 1: to the flood socket of their queue.
-    pub flood: u32,
+    pub flood: u16,
+    /// 0: all addresses of `mac_table` are for any VLAN, so that one look is enough; 1: some are not.
+    pub exact: u16,
 }
 
 /// The one entry, on each CPU, of `xdp_stats`: frames by what became of them.

@@ -1,10 +1,11 @@
 //! The back-end as a process: started, watched from outside (log, fds, memory), and ended.
 #![forbid(unsafe_code)]
 
-use super::PATIENCE;
+use super::{Confinement, PATIENCE};
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -50,11 +51,20 @@ impl Backend {
 
     /// Starts a back-end with a configuration file; `@` stands for a fresh folder.
     pub fn with_config(config: &str) -> Result<Self> {
+        Self::with_rights(config, None)
+    }
+
+    /// As [`Self::with_config`], with fewer rights than the test has. Needs root.
+    pub fn confined(config: &str, confinement: Confinement) -> Result<Self> {
+        Self::with_rights(config, Some(confinement))
+    }
+
+    fn with_rights(config: &str, confinement: Option<Confinement>) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("vun-").tempdir()?;
         let file = folder.path().join("ports.toml");
         std::fs::write(&file, config.replace('@', &folder.path().display().to_string()))?;
         let args = ["--config".into(), file.display().to_string()];
-        Self::start(folder, &args)
+        Self::start(folder, &args, confinement)
     }
 
     /// Starts a back-end with options; `@` stands for a fresh folder.
@@ -62,12 +72,15 @@ impl Backend {
         let folder = tempfile::Builder::new().prefix("vun-").tempdir()?;
         let place = folder.path().display().to_string();
         let args: Vec<String> = options.iter().map(|o| o.replace('@', &place)).collect();
-        Self::start(folder, &args)
+        Self::start(folder, &args, None)
     }
 
-    fn start(folder: tempfile::TempDir, args: &[String]) -> Result<Self> {
+    fn start(folder: tempfile::TempDir, args: &[String], confinement: Option<Confinement>) -> Result<Self> {
         let program = crate::backend_binary()?;
-        let mut command = Command::new(&program);
+        let mut command = match confinement {
+            None => Command::new(&program),
+            Some(confinement) => confinement.command(&program, folder.path())?,
+        };
         command.args(args).env_remove("RUST_LOG").stdin(Stdio::null()).stderr(Stdio::piped());
         // By this very thread: the child gets its network namespace.
         let starting = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
@@ -142,6 +155,17 @@ impl Backend {
         line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).context("VmRSS's number")
     }
 
+    /// Threads that wait in the kernel for a page that userfaultfd reports.
+    pub fn waiting_for_pages(&self) -> Result<usize> {
+        let mut count = 0;
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.pid()))?.flatten() {
+            // A thread may end meanwhile.
+            let place = std::fs::read_to_string(task.path().join("wchan")).unwrap_or_default();
+            count += usize::from(place.contains("userfault"));
+        }
+        Ok(count)
+    }
+
     /// How often its threads have gone to sleep, which is as often as they were woken.
     pub fn wakeups(&self) -> Result<u64> {
         let mut count = 0;
@@ -177,10 +201,22 @@ impl Backend {
     ///
     /// Log lines have rate limits; the counters have none. They are asked for with SIGUSR1.
     pub fn complaints(&self, port: &str) -> Result<u64> {
+        Ok(counted_against(&self.summary(port)?))
+    }
+
+    /// A port's counters that are not zero.
+    pub fn counters(&self, port: &str) -> Result<BTreeMap<String, u64>> {
+        let summary = self.summary(port)?;
+        let pairs = summary.split_whitespace().filter_map(|word| word.split_once('='));
+        Ok(pairs.filter_map(|(name, n)| Some((name.to_owned(), n.parse().ok()?))).collect())
+    }
+
+    /// Asks for the counters, and waits for a port's line.
+    pub fn summary(&self, port: &str) -> Result<String> {
         let answers = || {
             let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
             let mut lines = log.iter().filter(|line| is_asked_for(line) && line.contains(port));
-            let last = lines.next_back().map(|line| counted_against(line));
+            let last = lines.next_back().cloned();
             (lines.count() + usize::from(last.is_some()), last)
         };
         let (before, _) = answers();

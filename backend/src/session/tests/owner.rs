@@ -100,8 +100,7 @@ impl CheckedOwner {
             Effect::PostcopyListen => {
                 assert!(self.userfaultfd && !self.listening, "listening without advice")
             }
-            Effect::PostcopyArm => assert!(self.listening, "armed without listening"),
-            Effect::PostcopyWake => assert!(self.listening, "woken without listening"),
+            Effect::PostcopyArm | Effect::PostcopyWake => assert!(self.listening, "armed without listening"),
             Effect::PostcopyEnd => assert!(self.userfaultfd, "nothing to end"),
             Effect::PostcopyAdvise => assert!(!self.listening, "advised while listening"),
             Effect::RemMemReg { region } => {

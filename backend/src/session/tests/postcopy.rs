@@ -141,8 +141,16 @@ fn orders_that_make_no_sense_are_refused() {
     let mut lab = listening(false);
     lab.send(Id::SetMemTable, &table(&[region(0)]), 1);
     acknowledge(&mut lab, Id::SetMemTable);
+    // QEMU does so after slots that were only removed, and when nothing has changed.
+    for id in [Id::RemMemReg, Id::None] {
+        assert_eq!(lab.send(id, &0u64.to_ne_bytes(), 0), [], "acknowledged again");
+    }
     let again = lab.send(Id::SetMemTable, &0u64.to_ne_bytes(), 0);
-    assert_eq!(refusal(&again), &Refusal::PostcopyPhase { phase: Phase::Armed }, "acknowledged twice");
+    assert_eq!(
+        refusal(&again),
+        &Refusal::PostcopyPhase { phase: Phase::Armed },
+        "a table acknowledged twice"
+    );
     // Advice in the middle: its sender would get a userfaultfd that its faults do not come to.
     let advice = lab.send(Id::PostcopyAdvise, &[], 0);
     assert!(matches!(advice[..], [Step::Close(SessionError::Unanswerable { .. })]), "{advice:?}");
@@ -150,6 +158,24 @@ fn orders_that_make_no_sense_are_refused() {
     lab.send(Id::SetMemTable, &table(&[region(0)]), 1);
     let bad = lab.send(Id::SetMemTable, &1u64.to_ne_bytes(), 0);
     assert!(matches!(bad[..], [Step::Close(SessionError::Disagreement { .. })]), "{bad:?}");
+}
+
+/// In postcopy the sender of memory reads an answer, also if it asked for no acknowledgement: an empty one tells it.
+#[test]
+fn memory_that_is_malformed_is_answered_too() {
+    let mut lab = listening(false);
+    lab.send(Id::AddMemReg, &slot(0), 1);
+    let cases: [(Id, Vec<u8>, u32); 4] = [
+        (Id::AddMemReg, slot(0), 1),
+        (Id::AddMemReg, slot(5), 0),
+        (Id::SetMemTable, table(&[region(1)]), 0),
+        (Id::SetMemTable, vec![0; 9], 0),
+    ];
+    for (id, payload, fds) in cases {
+        let steps = lab.send(id, &payload, fds);
+        let empty = crate::session::message::encode_reply(id as u32, &[]);
+        assert!(steps.contains(&Step::Send(empty)), "{id:?} {fds}: {steps:?}");
+    }
 }
 
 #[test]

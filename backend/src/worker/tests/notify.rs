@@ -196,7 +196,7 @@ fn completions_of_an_earlier_life_mean_nothing() {
     let mut rig = Rig::running();
     rig.guest_sends(1, 60);
     let (kicks, in_flight) = (rig.counters.read().kicks, rig.reactor.in_flight());
-    for what in [What::Kick(Transmit), What::Call(Transmit), What::Error(Receive), What::UplinkReadable] {
+    for what in [What::Kick(Transmit), What::Call(Transmit), What::Error(Receive), What::UplinkReadable(0)] {
         for epoch in [0, 77, u32::MAX] {
             let token = PairToken { slot: 0, epoch, what };
             rig.completion(token, &Done::Ready(Ok(1), false));
