@@ -36,6 +36,8 @@ pub struct BackendConfig {
     pub client: bool,
     /// More arguments.
     pub extra: Vec<String>,
+    /// Another program than the one under test.
+    pub binary: Option<PathBuf>,
     /// DPDK in its place, with these options of the device, such as `,postcopy-support=1`.
     pub dpdk: Option<String>,
     /// The socket of a second port in the same process, with the null uplink (ours only).
@@ -52,6 +54,7 @@ impl BackendConfig {
             queue_pairs: 1,
             client: false,
             extra: Vec::new(),
+            binary: None,
             dpdk: (!is_ours()).then(String::new),
             neighbour: None,
         }
@@ -119,7 +122,7 @@ impl Backend {
                 options,
             )?
         } else {
-            let mut command = Command::new(backend_binary()?);
+            let mut command = Command::new(config.binary.clone().map_or_else(backend_binary, Ok)?);
             match &config.neighbour {
                 None => command.args(config.arguments()),
                 Some(neighbour) => command.arg("--config").arg(config.with_neighbour(lab, neighbour)?),

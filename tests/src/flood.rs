@@ -81,6 +81,14 @@ impl Rate {
         self.steps[step] += 1;
     }
 
+    /// The first step after a moment in which packets came.
+    pub fn first_after(&self, at: Instant) -> Option<Instant> {
+        let started = self.started?;
+        let from = (at.saturating_duration_since(started).as_nanos() / Self::STEP.as_nanos()) as usize + 1;
+        let found = self.steps.iter().enumerate().skip(from).find(|(_, count)| **count > 0)?.0;
+        Some(started + Self::STEP * u32::try_from(found).ok()?)
+    }
+
     /// Packets per second between two moments.
     pub fn between(&self, from: Instant, to: Instant) -> f64 {
         let Some(started) = self.started else { return 0.0 };

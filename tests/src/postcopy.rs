@@ -199,6 +199,8 @@ impl Phases {
         let mut found = Self::default();
         for line in backend.output().lines() {
             let Some((_, text)) = line.split_once("postcopy: ") else { continue };
+            // Fields such as the port follow.
+            let text = text.split(" port=").next().unwrap_or(text);
             let before = |word: &str| {
                 let number = text.split(word).next().unwrap_or_default().trim_end();
                 number.rsplit(|c: char| !c.is_ascii_digit()).next().unwrap_or_default().parse().ok()

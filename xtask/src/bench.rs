@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand};
 
-use crate::{cargo, target_dir};
+use crate::{cargo, postcopy_qemu, target_dir};
 
 /// What `cargo xtask bench` takes.
 #[derive(Args)]
@@ -25,6 +25,8 @@ enum What {
     Faults,
     /// Only the bare tap loops: plain, vectored and io_uring
     TapRaw(Rest),
+    /// Postcopy with real QEMUs: time until a guest's packets are back at full rate, ours and DPDK's
+    PostcopyQemu(postcopy_qemu::Options),
 }
 
 #[derive(Args)]
@@ -40,6 +42,7 @@ pub fn run(options: &Options) -> Result<bool> {
         What::Tap(rest) => compare("tap", rest),
         What::Xdp(rest) => compare("xdp", rest),
         What::Faults => faults(),
+        What::PostcopyQemu(options) => postcopy_qemu(options),
         What::TapRaw(rest) => succeeds(vubench()?.arg("tap-raw").args(&rest.options)),
     }
 }
@@ -64,6 +67,15 @@ fn faults() -> Result<bool> {
     let mut measure = cargo();
     measure.args(["run", "--release", "-p", "vhost-user-net", "--example", "fault-latency", "--", "--cost"]);
     succeeds(&mut measure)
+}
+
+/// This one needs the lab, not vubench.
+fn postcopy_qemu(options: &postcopy_qemu::Options) -> Result<bool> {
+    if options.backend_bin.is_none() {
+        let mut build = cargo();
+        ensure!(succeeds(build.args(["build", "--release", "-p", "vhost-user-net"]))?, "the build failed");
+    }
+    postcopy_qemu::run(options, &target_dir().join("release/vhost-user-net")).map(|()| true)
 }
 
 /// `vubench` and our program, built.

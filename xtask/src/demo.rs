@@ -5,22 +5,24 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use lab::{
-    Amount, GUEST_IP, HOST_IP, Lab, Migration, PATIENCE, PREFIX, Pinger, Place, Source, bridged, ping, pull,
-    push,
+    Amount, Filled, GUEST_IP, HOST_IP, Lab, Migration, NetNs, PATIENCE, PREFIX, Phases, Pinger, Place,
+    Postcopy, Source, bridged, ping, pull, push,
 };
 use serde_json::json;
 
 use crate::{cargo, privileged, setup};
 
-const TAPS: [&str; 2] = ["tap0", "tap1"];
+const TAPS: [&str; 3] = ["tap0", "tap1", "tap2"];
 const PINGS: u64 = 20;
 const PING_INTERVAL: Duration = Duration::from_millis(20);
 const TRANSFER_BYTES: u64 = 50_000_000;
 /// MiB of random guest memory whose checksum is compared after the move.
-const FILLED_MIB: u64 = 32;
+const FILLED_MIB: u32 = 32;
 /// Bytes per second of the stream that goes on during the move.
 const STREAM_RATE: u64 = 1_000_000;
 const LINK: u64 = 16 << 20;
+/// Bytes per second of the link of the second move: packets have to wait for their pages.
+const SLOW_LINK: u64 = 8 << 20;
 
 /// Arguments of `cargo xtask demo`.
 #[derive(Debug, clap::Args)]
@@ -66,7 +68,7 @@ impl Story {
 fn show(lab: &Lab) -> Result<()> {
     let mut story = Story { started: Instant::now(), lines: Vec::new() };
 
-    story.now("making a bridge with two taps, in a network namespace of its own");
+    story.now("making a bridge with three taps, in a network namespace of its own");
     let netns = bridged(&TAPS)?;
     story.now("starting vhost-user-net on tap0, and a Linux guest in QEMU on it");
     let booting = Instant::now();
@@ -108,10 +110,8 @@ fn show(lab: &Lab) -> Result<()> {
     story.note("guest to host", speed(data.bytes, timer.elapsed(), &data.md5));
 
     story.now("filling guest memory with random data, starting a stream into the guest");
-    let fill =
-        format!("rm /tmp/data; dd if=/dev/urandom of=/tmp/filled bs=1M count={FILLED_MIB} 2>/dev/null");
-    source.qemu.run(&format!("{fill}; md5sum </tmp/filled >/tmp/filled.md5"))?;
-    let filled = source.qemu.run("cat /tmp/filled.md5")?;
+    source.qemu.run("rm /tmp/data")?;
+    let filled = Filled::write(&mut source.qemu, FILLED_MIB)?;
     let stream = Source::start(&netns, 11, Amount::UntilStopped(STREAM_RATE))?;
     let port = stream.port();
     source.qemu.run(&format!(
@@ -155,8 +155,7 @@ fn show(lab: &Lab) -> Result<()> {
     source.stop()?;
 
     story.now("comparing checksums in the new place");
-    let seen = destination.qemu.run("md5sum </tmp/filled")?;
-    ensure!(seen == filled, "guest memory changed in the migration: {filled} became {seen}");
+    filled.check(&mut destination.qemu)?;
     story.note("guest memory", format!("{FILLED_MIB} MiB unchanged by the migration"));
     stream.stop();
     let sent = stream.finish()?;
@@ -169,8 +168,10 @@ fn show(lab: &Lab) -> Result<()> {
     let (rx, tx) = netns.packets(TAPS[1])?;
     story.note("tap1", format!("{rx} frames from the guest, {tx} to it"));
 
+    let last = move_by_postcopy(lab, &mut story, &netns, destination)?;
+
     story.now("cleaning up");
-    destination.stop()?;
+    last.stop()?;
     drop(netns);
 
     println!("\nWhat happened");
@@ -179,6 +180,64 @@ fn show(lab: &Lab) -> Result<()> {
     }
     println!("\ndemo: done after {:.0} s", story.started.elapsed().as_secs_f32());
     Ok(())
+}
+
+/// Moves the guest on before its memory: it runs in its new place at once, and its packets wait for single pages.
+fn move_by_postcopy(lab: &Lab, story: &mut Story, netns: &NetNs, mut source: Place) -> Result<Place> {
+    story.now("starting a third vhost-user-net on tap2, and an empty QEMU on it");
+    let mut destination = Place::start(lab, netns, TAPS[2], |config| config.is_incoming = true)?;
+    let filled = Filled::write(&mut source.qemu, FILLED_MIB)?;
+    story.now("moving the guest there by postcopy, before its memory, over a slow link");
+    let pinger = Pinger::start(netns, GUEST_IP, PING_INTERVAL)?;
+    pinger.wait_answers(5, PATIENCE)?;
+    let postcopy = Postcopy { bandwidth: SLOW_LINK, postcopy_bandwidth: SLOW_LINK, ..Postcopy::default() };
+    let moved = postcopy.run(lab, &mut source.qemu, &mut destination.qemu)?;
+    pinger.wait_answers(20, PATIENCE).context("the guest does not answer in its new place")?;
+    let pings = pinger.stop()?;
+    ensure!(pings.corrupted == 0, "pings came back changed");
+    let phases = Phases::of(&destination.backend);
+    phases.check()?;
+    story.note(
+        "postcopy",
+        format!(
+            "{:.1} s in all, the guest stood still for {} ms; {} MB sent before it moved, {} MB after",
+            moved.total_ms as f64 / 1e3,
+            moved.downtime_ms,
+            moved.precopy_bytes / 1_000_000,
+            moved.postcopy_bytes / 1_000_000
+        ),
+    );
+    for (place, phase) in phases.lines.iter().enumerate() {
+        story.note(if place == 0 { "  phases" } else { "" }, phase.clone());
+    }
+    story.note(
+        "  rings",
+        format!("stopped for a page {} times ({} pages asked for)", phases.parks, phases.pages),
+    );
+    let (blocked, each) = moved.blocktime_ms.context("QEMU tells no blocktime")?;
+    story.note(
+        "  guest CPUs",
+        format!(
+            "waited for pages for {each:?} ms, all together for {blocked} ms (QEMU's postcopy-blocktime); {} pages asked for \
+             by guest and back-end",
+            moved.requests
+        ),
+    );
+    story.note(
+        "  ping meanwhile",
+        format!(
+            "{} of {} answered, {} lost, {} changed, longest silence {:.0} ms",
+            pings.answered,
+            pings.sent,
+            pings.sent - pings.answered,
+            pings.corrupted,
+            milliseconds(pings.longest_gap)
+        ),
+    );
+    source.stop()?;
+    filled.check(&mut destination.qemu)?;
+    story.note("  guest memory", format!("{FILLED_MIB} MiB unchanged"));
+    Ok(destination)
 }
 
 fn speed(bytes: u64, time: Duration, md5: &str) -> String {

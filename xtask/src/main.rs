@@ -8,6 +8,7 @@ mod bench;
 mod build_ebpf;
 mod demo;
 mod fuzz;
+mod postcopy_qemu;
 mod setup;
 mod suite;
 
@@ -31,7 +32,7 @@ enum Task {
     Test(suite::Options),
     /// Build the BPF programs into backend/bpf, or check that what is committed there is of this source
     BuildEbpf(build_ebpf::Options),
-    /// Boot a guest, ping it, transfer data, migrate it live, and report what happened
+    /// Boot a guest, ping it, transfer data, migrate it live, by precopy and by postcopy, and report what happened
     Demo(demo::Options),
     /// Run the fuzz targets
     Fuzz(fuzz::Options),

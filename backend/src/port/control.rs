@@ -349,7 +349,7 @@ impl Control {
                     return true;
                 }
                 Some(PlanStep::Job(job)) => {
-                    port.plan.waiting = usize::from(!matches!(job, Job::Release(_)));
+                    port.plan.waiting = usize::from(!matches!(job, Job::Release(_) | Job::Wake(..)));
                     self.helper.submit(port.id, job);
                 }
                 Some(PlanStep::Arm) => {
