@@ -17,3 +17,6 @@
 pub mod engine;
 pub mod presence;
 pub mod uffd;
+
+#[cfg(test)]
+mod teardown_tests;
