@@ -11,8 +11,10 @@ use std::time::{Duration, Instant};
 pub const PAUSE: Duration = Duration::from_micros(50);
 /// Frames a pause from which on nobody listens: 160,000 a second.
 const MANY: u32 = 8;
-/// Frames a pause below which somebody does.
-const FEW: u32 = 4;
+/// Looks after which it is decided whether somebody listens again: senders send in bursts, with silence between them.
+const LOOKS: u32 = 4;
+/// Frames in so many looks below which that is so.
+const FEW: u32 = 8;
 /// Time over which frames are counted before nobody listens.
 const WINDOW: Duration = Duration::from_micros(100);
 /// After a silence so long the count begins anew.
@@ -31,6 +33,8 @@ pub enum Next {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Arrivals {
     pausing: bool,
+    /// Looks since the last decision.
+    looks: u32,
     since: Option<Instant>,
     frames: u32,
 }
@@ -44,8 +48,11 @@ impl Arrivals {
     /// The uplink is empty now.
     pub fn ran_dry(&mut self, now: Instant) -> Next {
         if self.pausing {
-            self.pausing = std::mem::take(&mut self.frames) >= FEW;
-            self.since = None;
+            self.looks += 1;
+            if self.looks >= LOOKS {
+                self.pausing = self.frames >= FEW;
+                (self.looks, self.frames, self.since) = (0, 0, None);
+            }
             return self.next();
         }
         let since = *self.since.get_or_insert(now);
@@ -95,9 +102,13 @@ mod tests {
         let first = all.iter().position(|next| *next == Next::Pause).expect("it comes to that");
         assert!(first >= 50, "not before the window is over: {first}");
         let now = Instant::now();
-        assert_eq!(after(&mut arrivals, 25, now), Next::Pause);
-        assert_eq!(after(&mut arrivals, FEW, now), Next::Pause);
-        assert_eq!(after(&mut arrivals, FEW - 1, now), Next::Listen);
+        let looks = |arrivals: &mut Arrivals, counts: [u32; LOOKS as usize]| {
+            counts.map(|frames| after(arrivals, frames, now)).last().copied()
+        };
+        assert_eq!(looks(&mut arrivals, [25, 25, 25, 25]), Some(Next::Pause));
+        assert_eq!(looks(&mut arrivals, [64, 0, 0, 0]), Some(Next::Pause), "a burst and its silence");
+        assert_eq!(looks(&mut arrivals, [0, 0, 0, FEW]), Some(Next::Pause));
+        assert_eq!(looks(&mut arrivals, [FEW - 1, 0, 0, 0]), Some(Next::Listen));
         assert_eq!(after(&mut arrivals, 1, now), Next::Listen, "and the count begins anew");
     }
 
