@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::driver::Direction;
 use super::fake::{Fake, Manner};
 use super::findings::Wrong;
+use super::guest::Backing;
 use super::run::{Case, Outcome, measure};
 use super::schedule::Link;
 use super::table::{Report, Row};
@@ -21,6 +22,9 @@ fn case(direction: Direction, latency_us: Option<u64>) -> Case {
         ring_size: RING,
         buffers: RING.into(),
         frame: 64,
+        memory: Backing::Memfd,
+        slots: false,
+        second: None,
         rings_arrived: true,
         mergeable: false,
         packets: 500,
@@ -38,7 +42,7 @@ fn run(name: &str, manner: Manner, case: &Case) -> Option<Outcome> {
         return None;
     }
     let fake = Fake::start(manner).expect("a back-end");
-    Some(measure(&fake.socket, case).unwrap_or_else(|error| panic!("{name}: {error:#}")))
+    Some(measure(std::slice::from_ref(&fake.socket), case).unwrap_or_else(|error| panic!("{name}: {error:#}")))
 }
 
 fn kinds(outcome: &Outcome) -> Vec<Wrong> {
