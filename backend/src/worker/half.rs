@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 use super::PairToken;
+use super::ahead::Told;
 use crate::memory::MissingRange;
 use crate::reactor::{OpId, Reactor};
 use crate::virtq::{QueueError, SplitQueue};
@@ -24,6 +25,8 @@ pub(super) struct Ring {
     pub(super) parked: Option<MissingRange>,
     /// Chains may have come whose pages are missing: look at them before their turn comes (postcopy).
     pub(super) look_ahead: bool,
+    /// How far that was done.
+    pub(super) told: Told,
 }
 
 impl Ring {
@@ -46,8 +49,14 @@ impl Ring {
         Ok(())
     }
 
-    /// Looks again, parked or not: memory is new, or more of it has arrived.
+    /// Looks again, parked or not: memory is new, or the ring was not looked at for a while.
     pub(super) fn look_again(&mut self) {
+        self.told = Told::default();
+        self.go_on();
+    }
+
+    /// Looks again: more of the memory has arrived.
+    pub(super) fn go_on(&mut self) {
         self.parked = None;
         self.pending = true;
         self.look_ahead = true;

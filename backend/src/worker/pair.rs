@@ -153,7 +153,7 @@ impl Pair {
             Command::Arrived => {
                 for half in [&mut self.rx, &mut self.tx] {
                     if let Some(ring) = half.ring.as_mut().filter(|ring| ring.parked.is_some()) {
-                        ring.look_again();
+                        ring.go_on();
                     }
                 }
             }
@@ -217,6 +217,7 @@ impl Pair {
             listening: false,
             parked: None,
             look_ahead: true,
+            told: Default::default(),
         });
         self.rearm_kick(reactor, direction);
         self.uplink_down &= direction == Direction::Transmit;

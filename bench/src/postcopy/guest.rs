@@ -151,7 +151,8 @@ impl Guest {
             return Ok(());
         }
         let content = pages_with_content(&self.file, self.map.len());
-        for (page, content) in content.context("looking for content in guest memory")?.into_iter().enumerate() {
+        for (page, content) in content.context("looking for content in guest memory")?.into_iter().enumerate()
+        {
             if content && !is_here(page as u64) {
                 findings.add(wrong, || format!("page {page} did not come and has content"));
             }

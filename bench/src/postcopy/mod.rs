@@ -19,6 +19,7 @@
 //! | `deliver`, `schedule` | the thread that answers faults; which page comes when (pure) |
 //! | `driver`, `ring`, `packet` | the guest's driver; its side of a split ring, what is in packets (pure) |
 //! | `guest`, `layout`, `mapping`, `uffd` | memory, where things lie in it (pure), system calls |
+//! | `suite` | all cases of the comparison with DPDK, and the numbers to reach (pure) |
 //! | `findings`, `rates`, `histogram`, `pace`, `table` | what was wrong, numbers (pure), the report |
 //! | `sides` | back-ends as processes |
 
@@ -43,6 +44,7 @@ mod session;
 mod sides;
 mod sleeper;
 mod steady;
+mod suite;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -73,6 +75,8 @@ const HUGEPAGES: u64 = 128;
 const GUEST_HUGEPAGES: u64 = 140;
 /// Buffers per ring entry where the ring is stopped often: the stall must last.
 const STOP_BUFFERS: u64 = 16;
+/// How long a stall is watched beside a second port at a fixed rate, ms.
+const WATCH_MS: u64 = 3000;
 /// Stops come within so many times the latency: as long as DPDK holds a queue for one burst.
 const STOP_WITHIN: u64 = 32;
 
@@ -93,6 +97,10 @@ pub struct Args {
     /// Give testpmd hugepages
     #[arg(long)]
     hugepages: bool,
+    /// All cases of the comparison, and whether the numbers to reach are reached; only --rounds, --frame and what names
+    /// back-ends count beside it
+    #[arg(long)]
+    suite: bool,
     /// Where packets go; the back-end at --socket must suit it
     #[arg(long, value_delimiter = ',', default_values = ["tx"])]
     direction: Vec<Direction>,
@@ -141,7 +149,10 @@ pub struct Args {
     /// Rate of --second steady, packets per second
     #[arg(long, default_value_t = 500_000)]
     second_pps: u64,
-    /// How long full rate is measured, or how long no page comes with --never, or how long --second steady is watched
+    /// Watch a stall for so long, whatever number of packets there is by then [default with --second steady: 3000]
+    #[arg(long)]
+    watch_ms: Option<u64>,
+    /// How long full rate is measured, or how long no page comes with --never, or --second steady is watched alone
     #[arg(long, default_value_t = 1000)]
     steady_ms: u64,
     /// Give up waiting for the packets after so many seconds
@@ -199,7 +210,7 @@ impl Args {
         Ok(())
     }
 
-    fn cases(&self) -> Vec<(String, Case, Link)> {
+    fn cases(&self) -> Vec<Case> {
         let mut cases = Vec::new();
         let many = if self.stops > 0 { STOP_BUFFERS } else { 1 };
         for &direction in &self.direction {
@@ -226,16 +237,20 @@ impl Args {
                     packets: self.packets,
                     stops: self.stops,
                     stop_within: Duration::from_micros(STOP_WITHIN * latency_us),
+                    watch: self
+                        .watch_ms
+                        .or(self.second.filter(|w| *w == What::Steady).map(|_| WATCH_MS))
+                        .map(Duration::from_millis),
                     steady: Duration::from_millis(self.steady_ms),
                     limit: Duration::from_secs(self.limit_s),
                 };
-                cases.push((label(&case), case, link));
-                if self.never {
+                cases.push(case);
+                if self.never || self.suite {
                     break;
                 }
             }
         }
-        cases
+        if self.suite { cases.first().map(suite::cases).unwrap_or_default() } else { cases }
     }
 }
 
@@ -263,11 +278,16 @@ fn label(case: &Case) -> String {
     if case.slots {
         text += ", memory slots";
     }
-    let mut counts = case.stops == 0 && case.link.latency_ns.is_some();
+    let counts = case.stops == 0 && case.link.latency_ns.is_some() && case.watch.is_none();
+    if case.stops > 0 {
+        text += ", ring stopped";
+    }
+    if let Some(watch) = case.watch {
+        text += &format!(", watched for {} s", watch.as_secs_f64());
+    }
     match case.second {
         Some(SecondPort::Steady { pps }) => {
             text += &format!("; second port at {} kpps", pps as f64 / 1e3);
-            counts = false;
         }
         Some(SecondPort::Stalled) => text += "; second port stalled for ever",
         None => {}
@@ -291,7 +311,8 @@ pub fn run(args: &Args) -> Result<()> {
     let guests = if args.memory == Backing::Hugetlb { GUEST_HUGEPAGES } else { 0 };
     let _pages = if huge + guests > 0 { Some(HugePages::reserve(huge + guests)?) } else { None };
     let mut report = Report::default();
-    for (label, case, link) in args.cases() {
+    for case in args.cases() {
+        let (label, link) = (label(&case), case.link);
         for round in 0..args.rounds {
             for i in 0..sides.len() {
                 let side = &sides[(i + round) % sides.len()];
@@ -300,6 +321,7 @@ pub fn run(args: &Args) -> Result<()> {
                     continue;
                 }
                 eprintln!("{label}: round {}/{}: {}", round + 1, args.rounds, side.name());
+                let case = suite::at_side(&case, if args.suite { side.name() } else { "" });
                 let outcome = one(side, &case);
                 interrupt::check()?;
                 report.add(Row {
@@ -315,10 +337,17 @@ pub fn run(args: &Args) -> Result<()> {
             }
         }
     }
+    if args.suite {
+        report.judge();
+    }
     print!("{}", report.text());
     if let Some(path) = &args.json {
         std::fs::write(path, report.json()?).with_context(|| path.display().to_string())?;
         println!("JSON: {}", path.display());
+    }
+    if args.suite {
+        ensure!(report.is_reached(), "not all numbers to reach are reached (NO above)");
+        return Ok(());
     }
     ensure!(report.is_clean(), "not every back-end did what it must (lines with ! above)");
     Ok(())

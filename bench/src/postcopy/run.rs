@@ -65,8 +65,9 @@ pub struct Case {
     pub stops: usize,
     /// The longest time from a restart to the next stop; in between they are as likely at any moment.
     pub stop_within: Duration,
-    /// How long traffic goes on after that, or without any page. With a steady second port: how long both are
-    /// watched, and before that the second alone.
+    /// A stall is watched for so long, whatever number of packets there is by then.
+    pub watch: Option<Duration>,
+    /// How long traffic goes on after the packets. With a second port at a fixed rate: how long that is watched alone.
     pub steady: Duration,
     /// What a second port does meanwhile.
     pub second: Option<SecondPort>,
@@ -203,7 +204,8 @@ pub fn measure(sockets: &[PathBuf], case: &Case) -> Result<Outcome> {
     second.stalls();
     session.start_rings(&guest, &events)?;
     let asked = Asked::default();
-    let run = Run { case, guest: &guest, events: &events, findings: &findings, session, threads, second, asked };
+    let run =
+        Run { case, guest: &guest, events: &events, findings: &findings, session, threads, second, asked };
     if case.link.latency_ns.is_none() { run.for_ever(socket, start) } else { run.through(start) }
 }
 
@@ -245,7 +247,7 @@ impl Run<'_> {
     fn through(mut self, start: Instant) -> Result<Outcome> {
         self.session.driver_ok()?;
         let mut stops = Vec::new();
-        let window = matches!(self.second, Second::Steady(_)).then_some(self.case.steady);
+        let window = self.case.watch;
         if self.case.stops > 0 {
             self.stop_often(start, &mut stops)?;
         } else {
@@ -390,7 +392,7 @@ impl Run<'_> {
         // A back-end that is stuck in its control thread answers nothing from the start.
         let mut answers = self.session.driver_ok().is_ok();
         let on_time = Preferred::enter();
-        while start.elapsed() < self.case.steady {
+        while start.elapsed() < self.case.watch.unwrap_or(self.case.steady) {
             interrupt::check()?;
             if answers {
                 match self.session.ping() {

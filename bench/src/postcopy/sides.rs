@@ -49,7 +49,9 @@ impl Side {
     /// Why this side cannot take part in a direction, with this at the second port.
     pub fn objection(&self, direction: Direction, second: Option<SecondPort>) -> Option<&'static str> {
         match (self, direction, second) {
-            (Self::Ours(_), Direction::Echo, _) => Some("no uplink of ours sends packets back to their sender"),
+            (Self::Ours(_), Direction::Echo, _) => {
+                Some("no uplink of ours sends packets back to their sender")
+            }
             (Self::Dpdk(_), Direction::Rx | Direction::Echo, Some(SecondPort::Steady { .. })) => {
                 Some("all ports of a testpmd do the same, and the second one is to drop packets")
             }

@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::findings;
 use super::run::{Case, Outcome};
 use super::steady::Flow;
+use super::suite::{self, Verdict};
 use crate::report::{Spread, table};
 
 /// One measurement of one side.
@@ -35,6 +36,7 @@ pub struct Row {
 pub struct Report {
     rows: Vec<Row>,
     notes: Vec<String>,
+    verdicts: Vec<Verdict>,
 }
 
 type Number = fn(&Outcome) -> Option<f64>;
@@ -96,9 +98,20 @@ impl Report {
         }
     }
 
+    /// Compares all rows with the numbers to reach.
+    pub fn judge(&mut self) {
+        self.verdicts = suite::verdicts(&self.rows);
+    }
+
     /// Whether every measurement came off and nothing wrong was found.
     pub fn is_clean(&self) -> bool {
         self.rows.iter().all(|row| row.outcome.as_ref().is_ok_and(|o| o.wrong.is_empty()))
+    }
+
+    /// Whether ours did, and reached all numbers.
+    pub fn is_reached(&self) -> bool {
+        let mut ours = self.rows.iter().filter(|row| row.side == "ours");
+        ours.all(|row| row.outcome.is_ok()) && self.verdicts.iter().all(|v| v.reached != Some(false))
     }
 
     /// For programs.
@@ -128,6 +141,9 @@ impl Report {
                     out.push_str(&format!("! {} in round {}: {line}\n", row.side, row.round));
                 }
             }
+        }
+        if !self.verdicts.is_empty() {
+            out.push_str(&suite::text(&self.verdicts));
         }
         self.notes.iter().for_each(|note| out.push_str(&format!("\nnote: {note}")));
         out + "\n"

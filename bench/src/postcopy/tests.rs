@@ -25,6 +25,7 @@ fn case(direction: Direction, latency_us: Option<u64>) -> Case {
         memory: Backing::Memfd,
         slots: false,
         second: None,
+        watch: None,
         rings_arrived: true,
         mergeable: false,
         packets: 500,
@@ -42,7 +43,9 @@ fn run(name: &str, manner: Manner, case: &Case) -> Option<Outcome> {
         return None;
     }
     let fake = Fake::start(manner).expect("a back-end");
-    Some(measure(std::slice::from_ref(&fake.socket), case).unwrap_or_else(|error| panic!("{name}: {error:#}")))
+    Some(
+        measure(std::slice::from_ref(&fake.socket), case).unwrap_or_else(|error| panic!("{name}: {error:#}")),
+    )
 }
 
 fn kinds(outcome: &Outcome) -> Vec<Wrong> {
