@@ -8,8 +8,9 @@ use crate::config::{Config, PortConfig, Postcopy, PostcopyMultiqueue, UplinkSpec
 use crate::memory::sigbus::MAX_LIVE_MAPPINGS;
 use crate::net::counters::PairCounters;
 use crate::port::connection::{Endpoint, EndpointError};
-use crate::port::control::{Control, ControlToken};
+use crate::port::control::Control;
 use crate::port::helper::Helper;
+use crate::port::token::ControlToken;
 use crate::port::{MEM_SLOTS_MAX, MEM_SLOTS_MIN, Port};
 use crate::postcopy::uffd::{UffdError, Userfaultfd};
 use crate::reactor::{Done, Mailbox, Reactor, SetupError};
@@ -82,6 +83,9 @@ struct OpenUplink {
     groups: Vec<usize>,
 }
 
+/// An uplink with its queues.
+type OwnUplink = (Arc<dyn Uplink>, Vec<Box<dyn UplinkQueue>>);
+
 fn boxed<Q: UplinkQueue + 'static>(queues: impl IntoIterator<Item = Q>) -> Vec<Box<dyn UplinkQueue>> {
     queues.into_iter().map(|queue| Box::new(queue) as Box<dyn UplinkQueue>).collect()
 }
@@ -151,16 +155,14 @@ fn open_interface(
     Ok(ids.into_iter().zip(uplinks).collect())
 }
 
-type WholeUplink = (Arc<dyn Uplink>, Vec<Box<dyn UplinkQueue>>);
-
-fn open_null(queue_pairs: u16, generate: Option<u16>) -> Result<WholeUplink, DaemonError> {
+fn open_null(queue_pairs: u16, generate: Option<u16>) -> Result<OwnUplink, DaemonError> {
     let null = Null::new(generate);
     let queues = null.queues(queue_pairs).map_err(|error| DaemonError::System("eventfd", error))?;
     Ok((Arc::new(null), boxed(queues)))
 }
 
 /// Opens an uplink that a port has for itself.
-fn open_own(port: &PortConfig) -> Result<WholeUplink, DaemonError> {
+fn open_own(port: &PortConfig) -> Result<OwnUplink, DaemonError> {
     let tap = match &port.uplink {
         UplinkSpec::Null { generate } => return open_null(port.queue_pairs, *generate),
         UplinkSpec::Xdp(_) => return open_null(port.queue_pairs, None),
@@ -261,6 +263,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     }
     let _ = reactor.turn(false, &mut Vec::new(), &mut false);
     workers.into_iter().for_each(Worker::join);
+    control.give_up_pages();
     served.map_err(|error| DaemonError::System("io_uring_enter", error))
 }
 

@@ -36,19 +36,48 @@ pub struct BackendConfig {
     pub client: bool,
     /// More arguments.
     pub extra: Vec<String>,
+    /// DPDK in its place, with these options of the device, such as `,postcopy-support=1`.
+    pub dpdk: Option<String>,
+    /// The socket of a second port in the same process, with the null uplink (ours only).
+    pub neighbour: Option<PathBuf>,
 }
 
 impl BackendConfig {
     /// One queue pair, serving `socket`, with a tap as its uplink.
     pub fn tap(socket: &Path, tap: &str) -> Self {
         let uplink = format!("tap:{tap}");
-        Self { socket: socket.to_owned(), uplink, queue_pairs: 1, client: false, extra: Vec::new() }
+        Self {
+            socket: socket.to_owned(),
+            uplink,
+            queue_pairs: 1,
+            client: false,
+            extra: Vec::new(),
+            dpdk: (!is_ours()).then(String::new),
+            neighbour: None,
+        }
     }
 
     /// Whether a tap that is made beforehand must be of the multi-queue kind.
     pub fn wants_multi_queue(&self) -> bool {
         // DPDK opens every tap as one.
-        self.queue_pairs > 1 || !is_ours()
+        self.queue_pairs > 1 || self.dpdk.is_some()
+    }
+
+    /// A configuration file with both ports.
+    fn with_neighbour(&self, lab: &Lab, neighbour: &Path) -> Result<PathBuf> {
+        ensure!(self.extra.is_empty() && !self.client, "a process with a neighbour takes no other options");
+        let port = |name: &str, socket: &Path, uplink: &str, pairs| {
+            let socket = socket.display();
+            format!(
+                "[[port]]\nname = '{name}'\nsocket = '{socket}'\nuplink = '{uplink}'\nqueue-pairs = {pairs}\n"
+            )
+        };
+        let name = self.socket.file_stem().unwrap_or_default().to_string_lossy();
+        let text = port(&name, &self.socket, &self.uplink, self.queue_pairs)
+            + &port("neighbour", neighbour, "null", 1);
+        let file = lab.path(&format!("{name}.toml"));
+        std::fs::write(&file, text)?;
+        Ok(file)
     }
 
     fn arguments(&self) -> Vec<String> {
@@ -75,17 +104,27 @@ impl Backend {
     /// Starts the back-end inside a namespace and waits until it serves its socket (with `client`: until it
     /// runs).
     pub fn start(lab: &Lab, netns: &NetNs, config: &BackendConfig) -> Result<Self> {
-        let mut command = if is_ours() {
-            let mut command = Command::new(backend_binary()?);
-            command.args(config.arguments());
-            command
-        } else {
+        let mut command = if let Some(options) = &config.dpdk {
             if !config.client {
                 // DPDK refuses a socket that a killed predecessor left behind.
                 let _ = std::fs::remove_file(&config.socket);
             }
             let tap = config.uplink.strip_prefix("tap:").unwrap_or("tap0");
-            Testpmd::tap_backend_command(lab, &config.socket, tap, config.queue_pairs, config.client)?
+            Testpmd::tap_backend_command(
+                lab,
+                &config.socket,
+                tap,
+                config.queue_pairs,
+                config.client,
+                options,
+            )?
+        } else {
+            let mut command = Command::new(backend_binary()?);
+            match &config.neighbour {
+                None => command.args(config.arguments()),
+                Some(neighbour) => command.arg("--config").arg(config.with_neighbour(lab, neighbour)?),
+            };
+            command
         };
         command.stdin(Stdio::null());
         // Whatever is set for the tests: a panic of the back-end is worth its backtrace.

@@ -63,10 +63,21 @@ pub struct Place {
 impl Place {
     /// Starts both. Unless the guest is to come by migration, waits until it has booted.
     pub fn start(lab: &Lab, netns: &NetNs, tap: &str, change: impl FnOnce(&mut QemuConfig)) -> Result<Self> {
+        Self::start_with(lab, netns, tap, |_, config| change(config))
+    }
+
+    /// As [`Place::start`], with a back-end that can be changed, too.
+    pub fn start_with(
+        lab: &Lab,
+        netns: &NetNs,
+        tap: &str,
+        change: impl FnOnce(&mut BackendConfig, &mut QemuConfig),
+    ) -> Result<Self> {
         let socket = lab.path(&format!("{tap}.vhost"));
-        let backend = Backend::start(lab, netns, &BackendConfig::tap(&socket, tap))?;
+        let mut backend_config = BackendConfig::tap(&socket, tap);
         let mut config = QemuConfig::new(&format!("on-{tap}"), &socket);
-        change(&mut config);
+        change(&mut backend_config, &mut config);
+        let backend = Backend::start(lab, netns, &backend_config)?;
         let qemu = if config.is_incoming { Qemu::start(lab, &config)? } else { Qemu::boot(lab, &config)? };
         Ok(Self { qemu, backend })
     }
@@ -79,16 +90,42 @@ impl Place {
     }
 }
 
+/// Random data in a guest's memory, whose checksum must survive what happens to the guest.
+#[derive(Debug)]
+pub struct Filled(String);
+
+impl Filled {
+    /// Fills `mib` MiB.
+    pub fn write(guest: &mut Qemu, mib: u32) -> Result<Self> {
+        guest.run(&format!("dd if=/dev/urandom of=/tmp/filled bs=1M count={mib} 2>/dev/null"))?;
+        Ok(Self(guest.run("md5sum </tmp/filled")?))
+    }
+
+    /// Fails unless it is all there.
+    pub fn check(&self, guest: &mut Qemu) -> Result<()> {
+        let seen = guest.run("md5sum </tmp/filled")?;
+        ensure!(seen == self.0, "the guest's memory changed: {} became {seen}", self.0);
+        Ok(())
+    }
+}
+
 /// A bridge with the host's address, and one tap in it for each back-end of a migration.
 ///
 /// The bridge learns where the guest is from its frames, as a switch does: after a migration, traffic finds the
 /// guest only if the new place was announced.
 pub fn bridged(taps: &[&str]) -> Result<NetNs> {
+    let multi_queue = BackendConfig::tap(Path::new(""), "").wants_multi_queue();
+    bridged_with(&taps.iter().map(|tap| (*tap, multi_queue)).collect::<Vec<_>>())
+}
+
+/// As [`bridged`], with taps of the multi-queue kind (true) or not.
+pub fn bridged_with(taps: &[(&str, bool)]) -> Result<NetNs> {
     let netns = NetNs::new()?;
-    for tap in taps {
-        netns.add_tap(tap, BackendConfig::tap(Path::new(""), tap).wants_multi_queue(), None)?;
+    for (tap, multi_queue) in taps {
+        netns.add_tap(tap, *multi_queue, None)?;
     }
-    netns.add_bridge("br0", &format!("{HOST_IP}/{PREFIX}"), taps)?;
+    let taps: Vec<&str> = taps.iter().map(|(tap, _)| *tap).collect();
+    netns.add_bridge("br0", &format!("{HOST_IP}/{PREFIX}"), &taps)?;
     Ok(netns)
 }
 

@@ -132,7 +132,8 @@ fn checked(pinger: Pinger, count: u64, patience: Duration) -> Result<PingReport>
     Ok(report)
 }
 
-fn open(is_whole: bool) -> Result<OwnedFd> {
+/// An ICMP socket of the calling thread's namespace.
+pub(crate) fn open(is_whole: bool) -> Result<OwnedFd> {
     let icmp = socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Icmp)?;
     setsockopt(&icmp, sockopt::ReceiveTimeout, &TimeVal::milliseconds(RECEIVE_TIMEOUT_MS))?;
     if is_whole {
@@ -249,7 +250,7 @@ fn echo(kind: u8, identifier: u16, sequence: u16, payload: usize) -> Vec<u8> {
 }
 
 /// The Internet checksum (RFC 1071).
-fn checksum(bytes: &[u8]) -> u16 {
+pub(crate) fn checksum(bytes: &[u8]) -> u16 {
     let words = bytes
         .chunks(2)
         .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)])));

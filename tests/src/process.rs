@@ -1,7 +1,6 @@
 //! Child processes that never outlive a test: they end with their guard, and with this process.
 
 use std::fs::{self, File};
-use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
@@ -9,7 +8,6 @@ use std::sync::{OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -114,10 +112,10 @@ impl Drop for Process {
 
 /// Makes the command run inside a network namespace, and die with this process.
 pub(crate) fn enter_on_exec(command: &mut Command, netns: Option<&NetNs>) -> Result<()> {
-    let netns: Option<OwnedFd> = netns.map(NetNs::duplicate).transpose()?;
+    let enter = netns.map(NetNs::entrance).transpose()?;
     let in_child = move || {
-        if let Some(netns) = &netns {
-            setns(netns.as_fd(), CloneFlags::CLONE_NEWNET)?;
+        if let Some(enter) = &enter {
+            enter()?;
         }
         prctl::set_pdeathsig(Signal::SIGKILL)?;
         Ok(())

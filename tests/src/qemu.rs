@@ -26,6 +26,30 @@ pub const GUEST_MAC: &str = "52:54:00:12:34:56";
 /// Boot takes 3 s on a quiet machine; this is for one that is not.
 const BOOT_PATIENCE: Duration = Duration::from_secs(120);
 
+/// What guest memory is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Backing {
+    /// A memfd.
+    #[default]
+    Memfd,
+    /// A file in /dev/shm that QEMU makes and unlinks, one for each QEMU.
+    ShmFile,
+    /// A memfd of 2 MiB pages; see [`crate::HugePages`].
+    Huge2M,
+}
+
+impl Backing {
+    fn object(self, mib: u32) -> String {
+        match self {
+            Self::Memfd => format!("memory-backend-memfd,id=m0,share=on,size={mib}M"),
+            Self::ShmFile => format!("memory-backend-file,id=m0,share=on,size={mib}M,mem-path=/dev/shm"),
+            Self::Huge2M => {
+                format!("memory-backend-memfd,id=m0,share=on,size={mib}M,hugetlb=on,hugetlbsize=2M")
+            }
+        }
+    }
+}
+
 /// A guest and its one virtio-net device.
 #[derive(Debug, Clone)]
 pub struct QemuConfig {
@@ -39,6 +63,8 @@ pub struct QemuConfig {
     pub reconnect_ms: Option<u32>,
     /// Guest memory in MiB.
     pub memory_mib: u32,
+    /// What it is made of.
+    pub backing: Backing,
     /// Slots for memory hotplug.
     pub memory_slots: u32,
     /// Guest CPUs.
@@ -60,6 +86,7 @@ impl QemuConfig {
             is_server: false,
             reconnect_ms: None,
             memory_mib: 256,
+            backing: Backing::Memfd,
             memory_slots: 0,
             cpus: 1,
             queue_pairs: 1,
@@ -86,7 +113,7 @@ impl QemuConfig {
                 slots => format!("{memory}M,slots={slots},maxmem=4G"),
             },
         );
-        pair("-object", format!("memory-backend-memfd,id=m0,share=on,size={memory}M"));
+        pair("-object", self.backing.object(memory));
         let serial = sockets.serial.display();
         let log = serial_log.display();
         pair("-chardev", format!("socket,id=ser,path={serial},server=on,wait=off,logfile={log}"));
@@ -176,6 +203,11 @@ impl Qemu {
     /// Runs a command in the guest; see [`Shell::run`].
     pub fn run(&mut self, command: &str) -> Result<String> {
         self.shell.run(command)
+    }
+
+    /// What it has printed so far, the guest's serial port aside.
+    pub fn output(&self) -> String {
+        self.process.output()
     }
 
     /// The name it was started with.

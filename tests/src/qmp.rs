@@ -33,16 +33,27 @@ impl Qmp {
         let reader = BufReader::new(writer.try_clone()?);
         let mut qmp = Self { reader, writer, partial: Vec::new(), events: VecDeque::new() };
         let greeting = qmp.next(Instant::now() + PATIENCE)?.context("QEMU sends no greeting")?;
-        if greeting.get("QMP").is_none() {
+        let Some(offer) = greeting.get("QMP") else {
             bail!("this is no QMP greeting: {greeting}");
-        }
-        qmp.execute("qmp_capabilities", json!({}))?;
+        };
+        let oob = json!("oob");
+        let has_oob = offer["capabilities"].as_array().is_some_and(|offered| offered.contains(&oob));
+        qmp.execute("qmp_capabilities", json!({ "enable": if has_oob { vec![oob] } else { Vec::new() } }))?;
         Ok(qmp)
     }
 
     /// Runs a command and returns its result; QEMU's error is the error.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
-        let mut line = serde_json::to_vec(&json!({ "execute": command, "arguments": arguments }))?;
+        self.send(command, &json!({ "execute": command, "arguments": arguments }))
+    }
+
+    /// As [`Qmp::execute`], for the few commands that QEMU's monitor thread runs by itself: its main loop may be blocked.
+    pub fn execute_out_of_band(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        self.send(command, &json!({ "exec-oob": command, "arguments": arguments }))
+    }
+
+    fn send(&mut self, command: &str, message: &Value) -> Result<Value> {
+        let mut line = serde_json::to_vec(message)?;
         line.push(b'\n');
         self.writer.write_all(&line).with_context(|| format!("sending {command} to QEMU"))?;
         let deadline = Instant::now() + PATIENCE;

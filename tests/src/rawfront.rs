@@ -8,15 +8,19 @@
 //! Not here: QEMU and DPDK, which have runners of their own.
 
 mod arena;
+mod faults;
 mod front;
 mod fuse;
+mod late;
 mod process;
 mod ring;
 mod wire;
 
 pub use arena::{Arena, BAD, GOOD};
+pub use faults::Faults;
 pub use front::{Front, Setup, mem_reg, mem_table, protocol, state, test_frame, virtio, vring_addr};
 pub use fuse::SilentFuse;
+pub use late::{Away, Late, PAGE};
 pub use process::{Backend, eventually};
 pub use ring::{Desc, Memory, Ring, desc_flag};
 pub use wire::{Reply, Wire, WireError, flag, msg};

@@ -155,8 +155,10 @@ impl Testpmd {
         tap: &str,
         queue_pairs: u16,
         is_client: bool,
+        options: &str,
     ) -> Result<Command> {
         let mut config = TestpmdConfig::back_end(socket, queue_pairs);
+        config.vdevs[0].push_str(options);
         if is_client {
             config.vdevs[0].push_str(",client=1");
         }

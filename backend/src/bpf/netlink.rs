@@ -82,8 +82,12 @@ pub fn attached(index: u32) -> io::Result<Attached> {
 /// # Errors
 /// What the kernel says; EBUSY: a link holds it.
 pub fn detach(index: u32, mode_flag: u32) -> io::Result<()> {
+    set(index, -1, mode_flag)
+}
+
+fn set(index: u32, program: i32, mode_flag: u32) -> io::Result<()> {
     let mut nested = Vec::new();
-    put(&mut nested, IFLA_XDP_FD, &(-1i32).to_ne_bytes());
+    put(&mut nested, IFLA_XDP_FD, &program.to_ne_bytes());
     put(&mut nested, IFLA_XDP_FLAGS, &mode_flag.to_ne_bytes());
     let mut body = Vec::new();
     put(&mut body, IFLA_XDP | NLA_F_NESTED, &nested);
@@ -139,6 +143,18 @@ fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
         bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
         Some((kind, value))
     })
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    /// Attaches a program without a link, as ip(8) does.
+    pub(crate) fn attach(
+        index: u32,
+        program: std::os::fd::BorrowedFd<'_>,
+        mode_flag: u32,
+    ) -> std::io::Result<()> {
+        super::set(index, std::os::fd::AsRawFd::as_raw_fd(&program), mode_flag)
+    }
 }
 
 #[cfg(test)]

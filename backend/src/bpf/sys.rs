@@ -100,11 +100,12 @@ impl Link {
         unsafe { bpf_fd(BPF_OBJ_GET, &mut attributes).map(Self) }
     }
 
-    /// Opens the XDP link of an interface, if a link of any process has a program there.
+    /// Opens the XDP link that has this program on an interface, if a link of any process has. (The interface's number alone
+    /// may be that of another one in another network namespace.)
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn of_interface(index: u32) -> io::Result<Option<Self>> {
+    pub fn of_program(program: u32, index: u32) -> io::Result<Option<Self>> {
         let mut id = 0u32;
         loop {
             let mut next = [id, 0, 0];
@@ -117,7 +118,7 @@ impl Link {
             // SAFETY: link_id, next_id, open_flags; no pointers.
             let Ok(fd) = (unsafe { bpf_fd(BPF_LINK_GET_FD_BY_ID, &mut [id, 0, 0]) }) else { continue };
             let link = Self(fd);
-            if link.info().is_ok_and(|info| info.index == index) {
+            if link.info().is_ok_and(|info| info.index == index && info.program == program) {
                 return Ok(Some(link));
             }
         }
@@ -220,4 +221,43 @@ pub fn first_entry(map: BorrowedFd<'_>, value_size: u32) -> io::Result<Vec<u8>> 
     // from the map's own description and is what the buffer has.
     unsafe { bpf(BPF_MAP_LOOKUP_ELEM, &mut attributes)? };
     Ok(value)
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+
+    #[repr(C)]
+    struct LoadAttributes {
+        kind: u32,
+        count: u32,
+        instructions: u64,
+        license: u64,
+        log: [u32; 4],
+        kernel: [u32; 2],
+        name: [u8; 16],
+        index: u32,
+        attach_type: u32,
+    }
+
+    /// Loads an XDP program from instructions.
+    pub(crate) fn load_xdp(name: &str, instructions: &[u64]) -> io::Result<OwnedFd> {
+        const BPF_PROG_LOAD: libc::c_long = 5;
+        const BPF_PROG_TYPE_XDP: u32 = 6;
+        let mut attributes = LoadAttributes {
+            kind: BPF_PROG_TYPE_XDP,
+            count: instructions.len() as u32,
+            instructions: instructions.as_ptr() as u64,
+            license: c"GPL".as_ptr() as u64,
+            log: [0; 4],
+            kernel: [0; 2],
+            name: [0; 16],
+            index: 0,
+            // As aya has it: a link takes only programs of one such type.
+            attach_type: BPF_XDP,
+        };
+        attributes.name[..name.len()].copy_from_slice(name.as_bytes());
+        // SAFETY: instructions and licence outlive the call.
+        unsafe { bpf_fd(BPF_PROG_LOAD, &mut attributes) }
+    }
 }

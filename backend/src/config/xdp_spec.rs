@@ -1,4 +1,4 @@
-//! The text form of an XDP uplink: `INTERFACE[,queues=N][,mode=M][,zerocopy=Z][,replace][,mac=A][,vlan=N][,flood=F]
+//! The text form of an XDP uplink: `INTERFACE[,queues=N][,mode=M][,zerocopy=Z][,replace[=F]][,mac=A][,vlan=N][,flood=F]
 //! [,local-switch=F][,anti-spoof=F]`, where the first four are about the interface and hold for all ports on it.
 //!
 //! Here: syntax, and what ports of one interface may not say differently. Opening it is the work of `uplink/xdp`.
@@ -141,8 +141,8 @@ impl FromStr for XdpSpec {
                     spec.zero_copy = Some(word("zerocopy", value, &copy_words())?);
                     "zerocopy"
                 }
-                "replace" if part == "replace" => {
-                    spec.replace = true;
+                "replace" => {
+                    spec.replace = part == "replace" || word("replace", value, &SWITCH)?;
                     "replace"
                 }
                 "mac" => {
@@ -245,10 +245,7 @@ mod tests {
                 "e,fast",
                 "xdp option 'fast' is unknown, use queues=, mode=, zerocopy=, replace, mac=, vlan=, flood=, local-switch= or anti-spoof=",
             ),
-            (
-                "e,replace=1",
-                "xdp option 'replace=1' is unknown, use queues=, mode=, zerocopy=, replace, mac=, vlan=, flood=, local-switch= or anti-spoof=",
-            ),
+            ("e,replace=1", "xdp option replace=1 is not possible, use on, off"),
             ("e,queues=0", "xdp option queues=0 is not possible, use a number from 1 to 64"),
             ("e,queues=65", "xdp option queues=65 is not possible, use a number from 1 to 64"),
             ("e,mode=fast", "xdp option mode=fast is not possible, use auto, native, skb"),

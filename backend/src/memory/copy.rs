@@ -96,28 +96,42 @@ struct Wide(u64);
 /// As for [`bulk_from_guest`]; `FROM`: the source is the guest's.
 #[inline(always)]
 unsafe fn bulk<const FROM: bool>(src: *const u8, dst: *mut u8, len: usize) {
-    let mut done = 0;
-    // SAFETY (all): each piece lies within `len`; the wrappers have alignment 1.
-    macro_rules! pieces {
-        ($piece:ty, $times:literal) => {
-            while len - done >= $times * size_of::<$piece>() {
-                let (from, to) = unsafe { (src.add(done).cast::<$piece>(), dst.add(done).cast::<$piece>()) };
-                // Loads before stores: they need not wait for each other.
-                let values: [$piece; $times] = std::array::from_fn(|i| unsafe {
-                    if FROM { read_volatile(from.add(i)) } else { from.add(i).read() }
-                });
-                for (i, value) in values.into_iter().enumerate() {
-                    unsafe { if FROM { to.add(i).write(value) } else { write_volatile(to.add(i), value) } }
-                }
-                done += $times * size_of::<$piece>();
-            }
-        };
+    // SAFETY: each call goes on where the last one ended, within `len`.
+    unsafe {
+        let done = pieces::<Wide, 4, FROM>(src, dst, 0, len);
+        let done = pieces::<Wide, 1, FROM>(src, dst, done, len);
+        let done = pieces::<Word, 1, FROM>(src, dst, done, len);
+        let done = pieces::<Half, 1, FROM>(src, dst, done, len);
+        pieces::<u8, 1, FROM>(src, dst, done, len);
     }
-    pieces!(Wide, 4);
-    pieces!(Wide, 1);
-    pieces!(Word, 1);
-    pieces!(Half, 1);
-    pieces!(u8, 1);
+}
+
+/// Copies from `done` on as many groups of `N` pieces as `len` has; returns how far it came.
+///
+/// # Safety
+/// As for [`bulk_from_guest`]; `T` must have alignment 1.
+#[inline(always)]
+unsafe fn pieces<T: Copy, const N: usize, const FROM: bool>(
+    src: *const u8,
+    dst: *mut u8,
+    mut done: usize,
+    len: usize,
+) -> usize {
+    while len - done >= N * size_of::<T>() {
+        // SAFETY: the group lies within `len`.
+        let (from, to) = unsafe { (src.add(done).cast::<T>(), dst.add(done).cast::<T>()) };
+        // Loads before stores: they need not wait for each other.
+        let values: [T; N] = std::array::from_fn(|i| {
+            // SAFETY: within the group; T has alignment 1.
+            unsafe { if FROM { read_volatile(from.add(i)) } else { from.add(i).read() } }
+        });
+        for (i, value) in values.into_iter().enumerate() {
+            // SAFETY: as above.
+            unsafe { if FROM { to.add(i).write(value) } else { write_volatile(to.add(i), value) } }
+        }
+        done += N * size_of::<T>();
+    }
+    done
 }
 
 /// One 16-byte descriptor as two little-endian words, each loaded once.

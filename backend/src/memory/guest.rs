@@ -28,6 +28,8 @@ struct Table {
     /// In the order given; `Region::mapping` points into it.
     mappings: Box<[Arc<Mapping>]>,
     log: Option<Arc<DirtyLog>>,
+    /// Pages of some region may be missing.
+    incomplete: bool,
 }
 
 #[derive(Clone)]
@@ -88,7 +90,9 @@ impl Region {
 impl GuestMemory {
     /// A guest without memory: before the first table, and after a reset.
     pub fn empty() -> Self {
-        Self { table: Arc::new(Table { regions: [].into(), mappings: [].into(), log: None }) }
+        Self {
+            table: Arc::new(Table { regions: [].into(), mappings: [].into(), log: None, incomplete: false }),
+        }
     }
 
     /// A table of these regions, in any order.
@@ -113,7 +117,9 @@ impl GuestMemory {
             })
             .collect();
         regions.sort_unstable_by_key(|region| region.start);
-        Ok(Self { table: Arc::new(Table { regions, mappings: mappings.into(), log: None }) })
+        Ok(Self {
+            table: Arc::new(Table { regions, mappings: mappings.into(), log: None, incomplete: false }),
+        })
     }
 
     /// The same memory, with writes logged to `log`, or no longer.
@@ -129,6 +135,7 @@ impl GuestMemory {
             region.residency = maps.get(region.mapping).cloned().flatten();
             region.whole = if region.residency.is_some() { 0 } else { region.size };
         }
+        table.incomplete = table.regions.iter().any(|region| region.residency.is_some());
         Self { table: Arc::new(table) }
     }
 
@@ -220,7 +227,7 @@ impl GuestMemory {
     /// Whether pages may be missing: false outside postcopy.
     #[inline]
     pub fn is_incomplete(&self) -> bool {
-        self.table.regions.iter().any(|region| region.residency.is_some())
+        self.table.incomplete
     }
 
     /// Calls `visit` for each run of missing pages that `len` bytes at `gpa` meet. Bytes outside guest memory are passed

@@ -35,22 +35,39 @@ impl ResidencyMap {
     /// Marks the pages that `range` (bytes from the region's start) wholly or partly covers. The contents must be
     /// visible to this process before the call. Parts outside the region are ignored.
     pub fn set_present(&self, range: Range<u64>) {
-        for page in self.pages(range) {
-            self.words[(page / WORD_BITS) as usize].fetch_or(1 << (page % WORD_BITS), Ordering::Release);
+        let pages = self.pages(range);
+        let mut at = pages.start;
+        while at < pages.end {
+            let next = (at / WORD_BITS + 1) * WORD_BITS;
+            let count = next.min(pages.end) - at;
+            let bits = (u64::MAX >> (WORD_BITS - count)) << (at % WORD_BITS);
+            self.words[(at / WORD_BITS) as usize].fetch_or(bits, Ordering::Release);
+            at = next;
         }
     }
 
     /// The first run of missing pages that `range` (bytes from the region's start) meets: page-granular bytes from
     /// the region's start, cut off at the end of the last page of `range`. None: all there.
     pub fn first_missing(&self, range: Range<u64>) -> Option<Range<u64>> {
-        let mut pages = self.pages(range);
-        let first = pages.find(|page| !self.is_present(*page))?;
-        let end = pages.find(|page| self.is_present(*page)).unwrap_or(pages.end);
+        let pages = self.pages(range);
+        let first = self.find(pages.clone(), false)?;
+        let end = self.find(first..pages.end, true).unwrap_or(pages.end);
         Some(first << self.page_shift..(end << self.page_shift).min(self.size))
     }
 
-    fn is_present(&self, page: u64) -> bool {
-        self.words[(page / WORD_BITS) as usize].load(Ordering::Acquire) & (1 << (page % WORD_BITS)) != 0
+    /// The first page that is present, or the first that is not. A word at a time: a guest may name 4 GiB at once.
+    fn find(&self, pages: Range<u64>, present: bool) -> Option<u64> {
+        let mut at = pages.start;
+        while at < pages.end {
+            let word = self.words[(at / WORD_BITS) as usize].load(Ordering::Acquire);
+            let rest = (if present { word } else { !word }) >> (at % WORD_BITS);
+            if rest != 0 {
+                let found = at + u64::from(rest.trailing_zeros());
+                return (found < pages.end).then_some(found);
+            }
+            at = (at / WORD_BITS + 1) * WORD_BITS;
+        }
+        None
     }
 
     fn pages(&self, range: Range<u64>) -> Range<u64> {
@@ -76,6 +93,28 @@ mod tests {
         assert_eq!(map.first_missing(0x1000..0x9000), Some(0x2000..0x5000));
         assert_eq!(map.first_missing(0x5000..0x9000), Some(0x7000..0x9000));
         assert_eq!(map.first_missing(0x3000..0x3000), None);
+    }
+
+    /// Words at a time against bits one by one.
+    #[test]
+    fn runs_across_words_are_as_bits_tell() {
+        let pages = 64 * 3 + 7;
+        for (start, end) in [(0, 1), (5, 64), (63, 65), (64, 128), (1, 199), (130, 199), (0, 199)] {
+            let map = ResidencyMap::new(pages * 0x1000, 0x1000);
+            map.set_present(start * 0x1000..end * 0x1000);
+            for from in 0..pages {
+                for to in [from + 1, from + 63, from + 64, from + 65, pages + 9] {
+                    let missing = |page: &u64| !(start..end).contains(page);
+                    let range = from..to.min(pages);
+                    let first = range.clone().find(missing);
+                    let expected = first.map(|first| {
+                        let end = (first..range.end).find(|page| !missing(page)).unwrap_or(range.end);
+                        first * 0x1000..end * 0x1000
+                    });
+                    assert_eq!(map.first_missing(from * 0x1000..to * 0x1000), expected, "{from}..{to}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -281,7 +281,8 @@ fn offer<'m>(
     iovecs: &mut IoVecs<'m>,
 ) -> Result<(), AccessError> {
     for segment in segments {
-        memory.push_iovecs(segment.gpa, segment.len, iovecs)?;
+        // No frame is longer, and in postcopy every page that is offered must have come.
+        memory.push_iovecs(segment.gpa, segment.len.min(SPILL_BYTES as u32), iovecs)?;
     }
     // More and the kernel refuses the call (EINVAL).
     if iovecs.len() > PIECES_MAX { Err(AccessError::Full) } else { Ok(()) }

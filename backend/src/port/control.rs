@@ -9,6 +9,7 @@ use super::connection::{Connection, Endpoint, client_socket};
 use super::faulting::{DRAIN_PATIENCE, Retiring};
 use super::helper::{Helper, Job, JobDone};
 use super::plan::{Purpose, Step as PlanStep};
+use super::token::{ControlToken, PortOp};
 use crate::postcopy::engine::Engine;
 use crate::reactor::message::{RECV_FDS, UnixAddress};
 use crate::reactor::{Done, Reactor, crowd};
@@ -16,56 +17,10 @@ use crate::session::{Outcome, Step};
 use crate::worker::{Command, Direction, Event, PairKey, Reply, ToControl};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The pause after a listener failed to accept (no descriptors left, mostly).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
-
-/// What a reactor operation of control is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ControlToken {
-    /// The signalfd.
-    Signal,
-    /// The helper's bell.
-    Helper,
-    /// A page that was asked for.
-    Populate {
-        /// The fault engine's region.
-        region: u32,
-        /// Its number there.
-        page: u64,
-    },
-    /// An operation of a port; `epoch` tells earlier connections apart.
-    Port {
-        /// Which port.
-        port: u16,
-        /// Which connection.
-        epoch: u32,
-        /// What for.
-        what: PortOp,
-    },
-}
-
-/// The operations a port may have in flight.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PortOp {
-    /// Accepting.
-    Accept,
-    /// Connecting.
-    Connect,
-    /// Waiting to try again.
-    Retry,
-    /// Reading the control socket.
-    Receive,
-    /// Writing the control socket.
-    Send,
-    /// Postcopy: rings look again after a populate failed.
-    LookAgain,
-    /// Postcopy: a look for pages that came by themselves is due.
-    Scan,
-    /// Postcopy: END has waited long enough.
-    Drain,
-}
 
 /// All ports, and who does what for them.
 pub struct Control {
@@ -110,6 +65,11 @@ impl Control {
     /// True when nothing is left to serve: the last inherited connection has ended.
     pub fn ended(&self) -> bool {
         self.ended
+    }
+
+    /// The process ends, and no worker runs any more: pages that are missing stay so, whoever waits for them.
+    pub fn give_up_pages(&self) {
+        self.ports.iter().for_each(Port::give_up_pages);
     }
 
     /// Writes each port's counters to the log.
@@ -372,7 +332,7 @@ impl Control {
                     return true;
                 }
                 Some(PlanStep::Job(job)) => {
-                    port.plan.waiting = usize::from(!matches!(job, Job::Release(_) | Job::Wake(..)));
+                    port.plan.waiting = usize::from(!matches!(job, Job::Release(_)));
                     self.helper.submit(port.id, job);
                 }
                 Some(PlanStep::Arm) => {
@@ -380,12 +340,12 @@ impl Control {
                     self.arm(reactor, id);
                     return self.advance(reactor, id);
                 }
+                Some(PlanStep::Drain) if port.is_quiet(&self.engine) => {}
                 Some(PlanStep::Drain) => {
-                    let quiet = self.engine.in_flight(port.id) + self.engine.queued(port.id) == 0;
-                    if !quiet {
-                        port.drain();
-                        reactor.timer(DRAIN_PATIENCE, drain.into());
+                    if let Some(wake) = port.drain(Instant::now() + DRAIN_PATIENCE) {
+                        self.helper.submit(port.id, wake);
                     }
+                    reactor.timer(DRAIN_PATIENCE, drain.into());
                 }
                 Some(PlanStep::EndPostcopy) => port.postcopy_ended(&mut self.engine),
                 Some(PlanStep::Retire(regions, keep)) => {
@@ -412,19 +372,20 @@ impl Control {
         for (port, answer) in answers {
             let id = usize::from(port);
             let port = &mut self.ports[id];
-            if matches!(answer, JobDone::Rescanned) {
-                self.scanned(reactor, id);
+            if let JobDone::Scanned(more, took) = answer {
+                self.scanned(reactor, id, more, took);
                 continue;
             }
             port.plan.waiting = port.plan.waiting.saturating_sub(1);
             match answer {
                 JobDone::Mapped(result) => port.mapped(result, &mut self.engine),
                 JobDone::Advised(result) => port.advised(result),
-                JobDone::Rescanned => {}
+                JobDone::Scanned(..) => {}
                 JobDone::LogMapped(result) => port.log_mapped(result),
-                JobDone::Steered(Err(why)) => port.warn(&why),
+                JobDone::Aside(Err(why)) => port.warn(&why),
+                JobDone::Ended(Err(why)) if port.plan.vital => port.lose_memory(&why, &mut self.engine),
                 JobDone::Ended(Err(why)) => port.failed(why),
-                JobDone::Steered(Ok(())) | JobDone::Ended(Ok(())) => {}
+                JobDone::Aside(Ok(())) | JobDone::Ended(Ok(())) => {}
             }
             self.drive(reactor, id);
         }
@@ -442,7 +403,7 @@ impl Control {
                 port.plan.waiting = port.plan.waiting.saturating_sub(1);
                 match reply {
                     Reply::Done => {}
-                    Reply::Base(base) => port.plan.outcome = Some(Outcome::Base(base)),
+                    Reply::Base(base) => port.stopped(base),
                     Reply::Failed(why) => port.failed(why),
                 }
                 self.drive(reactor, id);
@@ -457,6 +418,7 @@ impl Control {
         match event {
             Event::RingBroken(direction, why) => {
                 port.warn(&format_args!("queue pair {}: {direction:?} ring given up: {why}", key.pair));
+                port.unpark(key.pair, direction);
                 let job = if direction == Direction::Receive { port.leave_steering(key.pair) } else { None };
                 if let Some(job) = job {
                     self.helper.submit(key.port, job);
@@ -469,13 +431,16 @@ impl Control {
             Event::Wants { direction, parked, ranges } => {
                 self.wants(reactor, key, direction, parked, &ranges);
             }
-            Event::MemoryFault => {
-                port.failures += 1;
-                let why = "guest memory vanished (its file was truncated): the port is reset";
-                if port.connection.is_some() {
-                    self.close(reactor, id, why);
-                }
-            }
+            Event::MemoryFault => self.lost_memory(reactor, id),
+        }
+    }
+
+    /// A port's memory file is not what it was.
+    pub(super) fn lost_memory<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>, id: usize) {
+        self.ports[id].failures += 1;
+        if self.ports[id].connection.is_some() {
+            let why = "guest memory vanished (its file was truncated): the port is reset";
+            self.close(reactor, id, why);
         }
     }
 

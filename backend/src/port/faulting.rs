@@ -2,8 +2,9 @@
 //! back to the rings that wait.
 #![forbid(unsafe_code)]
 
-use super::control::{Control, ControlToken, PortOp};
+use super::control::Control;
 use super::helper::Job;
+use super::token::{ControlToken, PortOp};
 use crate::memory::MissingRange;
 use crate::postcopy::engine::{Completed, RegionId};
 use crate::reactor::Reactor;
@@ -11,12 +12,15 @@ use crate::virtq::Purpose;
 use crate::worker::{Command, Direction, PairKey};
 use std::any::Any;
 use std::io;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// How long END waits for populates under way. The front-end waits with it; pages that have been placed need no time.
 pub(super) const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
-/// The pause between scans for pages that came by themselves, while a ring waits.
+/// The pause between scans for pages that came by themselves, while a ring waits: so long at least.
 const SCAN_PAUSE: Duration = Duration::from_millis(20);
+/// And so many times what the last one took: the thread that looks may have no other CPU than the loop's.
+const SCAN_PAUSE_TIMES: u32 = 30;
 /// The pause before rings look again after a populate failed for lack of memory or the like.
 const FAILED_PAUSE: Duration = Duration::from_millis(10);
 
@@ -38,6 +42,10 @@ impl Control {
         ranges: &[(MissingRange, Purpose)],
     ) {
         let port = &mut self.ports[usize::from(key.port)];
+        // When END is through, or memory has gone, rings look again anyway.
+        if port.postcopy.ending || port.postcopy.regions.is_empty() {
+            return;
+        }
         let ring = (key.pair, direction == Direction::Receive);
         if let Some(range) = parked {
             port.postcopy.parked.entry(ring).or_insert((range, Instant::now())).0 = range;
@@ -48,7 +56,7 @@ impl Control {
             let region =
                 port.postcopy.regions.iter().find(|region| std::sync::Arc::ptr_eq(&region.mapping, mapping));
             if let Some(region) = region {
-                self.engine.want(region.id, offset..offset + range.len);
+                self.engine.want(region.id, offset..offset + range.len, Some(*range) == parked);
             }
         }
         // It may have arrived since the ring looked.
@@ -59,13 +67,13 @@ impl Control {
 
     /// Pages of a port may be asked for from now on.
     pub(super) fn arm<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>, id: usize) {
-        self.ports[id].postcopy.scanning = false;
         if let Err(error) = reactor.set_workers(self.engine.workers() as u32) {
             self.ports[id]
                 .warn(&format_args!("io-wq threads cannot be raised in number, stalls last longer: {error}"));
         }
+        // What has come already need not be asked for, and what is asked for meanwhile costs little if it has.
+        self.scan_all(id);
         self.arrivals(id);
-        self.scan_later(reactor, id);
         self.populate(reactor);
     }
 
@@ -91,18 +99,32 @@ impl Control {
             Completed::Arrived { port } => self.arrivals(usize::from(port)),
             Completed::GivenUp => self.retire_quiet(),
             Completed::Failed { port } => {
-                let id = usize::from(port);
-                self.ports[id].postcopy.pages_failed += 1;
-                if let Err(error) = result {
-                    self.ports[id]
-                        .warn(&format_args!("a page cannot be had and is asked for again: {error}"));
-                }
-                let token = self.token(id, PortOp::LookAgain);
-                reactor.timer(FAILED_PAUSE, token.into());
+                let Err(error) = result else { return };
+                self.not_populated(reactor, usize::from(port), error);
             }
         }
         self.populate(reactor);
         self.drained(reactor);
+    }
+
+    /// A page that was asked for cannot be had.
+    fn not_populated<T: Copy + From<ControlToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        id: usize,
+        error: &io::Error,
+    ) {
+        let port = &mut self.ports[id];
+        port.postcopy.pages_failed += 1;
+        // Whoever touched it would get SIGBUS: it lies behind the end of the file, or is broken. It will not come.
+        if matches!(error.raw_os_error(), Some(libc::EFAULT | libc::EHWPOISON)) {
+            return self.lost_memory(reactor, id);
+        }
+        port.warn(&format_args!("a page cannot be had and is asked for again: {error}"));
+        if !std::mem::replace(&mut port.postcopy.looks_again, true) {
+            let token = self.token(id, PortOp::LookAgain);
+            reactor.timer(FAILED_PAUSE, token.into());
+        }
     }
 
     /// Lets rings look again whose page has come.
@@ -127,6 +149,7 @@ impl Control {
     /// Lets all parked rings look again, whatever has come.
     pub(super) fn look_again(&mut self, id: usize) {
         let port = &mut self.ports[id];
+        port.postcopy.looks_again = false;
         let mut pairs: Vec<u16> = port.postcopy.parked.drain().map(|((pair, _), _)| pair).collect();
         pairs.dedup();
         let port = port.id;
@@ -137,9 +160,8 @@ impl Control {
     fn drained<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>) {
         for id in 0..self.ports.len() {
             let port = &mut self.ports[id];
-            let quiet = self.engine.in_flight(port.id) + self.engine.queued(port.id) == 0;
-            if port.postcopy.draining && quiet {
-                port.postcopy.draining = false;
+            if port.postcopy.draining.is_some() && port.is_quiet(&self.engine) {
+                port.postcopy.draining = None;
                 port.plan.waiting = 0;
                 self.drive(reactor, id);
             }
@@ -152,7 +174,8 @@ impl Control {
         reactor: &mut Reactor<T>,
         id: usize,
     ) {
-        if self.ports[id].postcopy.draining {
+        // The timer of an earlier END may be that late.
+        if self.ports[id].postcopy.draining.is_some_and(|until| until <= Instant::now()) {
             self.ports[id].drain_failed(&mut self.engine);
             self.drive(reactor, id);
         }
@@ -180,24 +203,54 @@ impl Control {
         let postcopy = &mut self.ports[id].postcopy;
         if postcopy.armed && !postcopy.scanning && !postcopy.parked.is_empty() {
             postcopy.scanning = true;
-            reactor.timer(SCAN_PAUSE, token.into());
+            let pause = SCAN_PAUSE.max(postcopy.scan_took * SCAN_PAUSE_TIMES);
+            reactor.timer(pause, token.into());
         }
     }
 
-    /// Time to look.
+    /// Time to look, if anybody waits.
     pub(super) fn scan(&mut self, id: usize) {
-        let port = &mut self.ports[id];
-        if port.postcopy.armed && !port.postcopy.parked.is_empty() {
-            self.helper.submit(port.id, Job::Rescan(port.postcopy.regions.clone()));
+        if self.ports[id].postcopy.parked.is_empty() {
+            self.ports[id].postcopy.scanning = false;
         } else {
-            port.postcopy.scanning = false;
+            self.scan_all(id);
         }
     }
 
-    /// A look has ended.
-    pub(super) fn scanned<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>, id: usize) {
-        self.ports[id].postcopy.scanning = false;
+    /// Looks through all regions.
+    fn scan_all(&mut self, id: usize) {
+        let postcopy = &mut self.ports[id].postcopy;
+        postcopy.scan_took = Duration::ZERO;
+        for region in &postcopy.regions {
+            region.scanned.store(0, Ordering::Relaxed);
+        }
+        self.scan_on(id);
+    }
+
+    fn scan_on(&mut self, id: usize) {
+        let port = &mut self.ports[id];
+        port.postcopy.scanning = port.postcopy.armed;
+        if port.postcopy.scanning {
+            self.helper.submit(port.id, Job::Scan(port.postcopy.regions.clone()));
+        }
+    }
+
+    /// A look has ended, perhaps before it was at the end of all regions.
+    pub(super) fn scanned<T: Copy + From<ControlToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        id: usize,
+        more: bool,
+        took: Duration,
+    ) {
+        let postcopy = &mut self.ports[id].postcopy;
+        postcopy.scanning = false;
+        postcopy.scan_took += took;
         self.arrivals(id);
-        self.scan_later(reactor, id);
+        if more {
+            self.scan_on(id);
+        } else {
+            self.scan_later(reactor, id);
+        }
     }
 }

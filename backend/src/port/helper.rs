@@ -1,7 +1,8 @@
 //! The control helper thread: every call that may sleep (DESIGN rule 1).
 //!
 //! Mapping guest memory, and network configuration, which waits for the kernel's network lock: one thread, jobs in
-//! order, answers by message. Unmapping: a second thread, no answers. Neither touches guest pages.
+//! order, answers by message. Unmapping: a second thread, no answers. Looking for pages that came by themselves in
+//! postcopy: a third. None touches guest pages.
 #![forbid(unsafe_code)]
 
 use super::postcopy::Awaited;
@@ -14,8 +15,10 @@ use std::any::Any;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
 
 /// Something that may sleep.
 pub enum Job {
@@ -23,10 +26,10 @@ pub enum Job {
     Map(Vec<(RegionSpec, OwnedFd)>, Option<Arc<Userfaultfd>>),
     /// Make a userfaultfd.
     Advise,
-    /// Find what has come of these regions, as a step of a plan.
+    /// In postcopy: register regions with this userfaultfd that were mapped before.
+    Register(Arc<Userfaultfd>, Vec<Arc<Mapping>>),
+    /// Find some of what has come of these regions, beside plans, on a thread for that.
     Scan(Vec<Awaited>),
-    /// The same, beside plans.
-    Rescan(Vec<Awaited>),
     /// Nothing waits for these pages any more: end the reports about them.
     Unregister(Arc<Userfaultfd>, Vec<Arc<Mapping>>),
     /// Nobody uses these any more, but populates may wait for their pages: end those without making pages.
@@ -67,12 +70,12 @@ pub enum JobDone {
     Mapped(Result<Vec<Arc<Mapping>>, String>),
     /// A userfaultfd, or why there is none.
     Advised(Result<Arc<Userfaultfd>, String>),
-    /// A look for pages that came by themselves has ended.
-    Rescanned,
+    /// A look for pages that came by themselves has ended: whether it got to the end (false) or not, and how long it took.
+    Scanned(bool, Duration),
     /// The log is mapped, or why not.
     LogMapped(Result<Arc<DirtyLog>, String>),
-    /// Queues were put in or out of the steering, or why not: nothing that a front-end should learn.
-    Steered(Result<(), String>),
+    /// Something ended that the front-end need not learn of (steering, memory that went), or why it did not.
+    Aside(Result<(), String>),
     /// Any other job.
     Ended(Result<(), String>),
 }
@@ -81,6 +84,7 @@ pub enum JobDone {
 pub struct Helper {
     jobs: Option<Sender<(u16, Job)>>,
     releases: Option<Sender<Box<dyn Any + Send>>>,
+    scans: Option<Sender<(u16, Vec<Awaited>)>>,
     results: Receiver<(u16, JobDone)>,
     bell: Arc<OwnedFd>,
     threads: Vec<JoinHandle<()>>,
@@ -94,25 +98,31 @@ impl Helper {
     pub fn start() -> io::Result<Self> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let bell: Arc<OwnedFd> = Arc::new(EventFd::from_flags(flags)?.into());
-        let ring = bell.clone();
         let (jobs, work) = channel::<(u16, Job)>();
         let (answer, results) = channel();
+        let answers = Answers { results: answer, bell: bell.clone() };
+        let scanner = answers.clone();
         let thread = Builder::new().name("control-helper".into()).spawn(move || {
             for (port, job) in work {
-                let Some(done) = perform(job) else { continue };
-                if answer.send((port, done)).is_err() {
-                    return;
+                if let Some(done) = perform(job) {
+                    answers.give(port, done);
                 }
-                // The counter only wakes the loop, which never reads it; full is as good as rung.
-                let _ = nix::unistd::write(&*ring, &1_u64.to_ne_bytes());
+            }
+        })?;
+        // Memory of many holes and pages takes long to look through, and other ports' jobs must not wait for that.
+        let (scans, looks) = channel::<(u16, Vec<Awaited>)>();
+        let scan = Builder::new().name("page-scan".into()).spawn(move || {
+            for (port, regions) in looks {
+                scanner.give(port, scan(regions));
             }
         })?;
         // Unmapping 64 GiB takes a while, and nobody waits for it: it must not hold up another port's jobs.
         let (releases, memory) = channel::<Box<dyn Any + Send>>();
         let release =
             Builder::new().name("memory-release".into()).spawn(move || memory.into_iter().for_each(drop))?;
-        let threads = vec![thread, release];
-        Ok(Self { jobs: Some(jobs), releases: Some(releases), results, bell, threads })
+        let threads = vec![thread, release, scan];
+        let (jobs, releases, scans) = (Some(jobs), Some(releases), Some(scans));
+        Ok(Self { jobs, releases, scans, results, bell, threads })
     }
 
     /// The eventfd that is written after each answer; poll it, do not read it.
@@ -124,6 +134,9 @@ impl Helper {
     pub fn submit(&self, port: u16, job: Job) {
         let sent = match job {
             Job::Release(memory) => self.releases.as_ref().is_some_and(|thread| thread.send(memory).is_ok()),
+            Job::Scan(regions) => {
+                self.scans.as_ref().is_some_and(|thread| thread.send((port, regions)).is_ok())
+            }
             job => self.jobs.as_ref().is_some_and(|thread| thread.send((port, job)).is_ok()),
         };
         if !sent {
@@ -141,6 +154,7 @@ impl Drop for Helper {
     fn drop(&mut self) {
         self.jobs = None;
         self.releases = None;
+        self.scans = None;
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 tracing::error!("a control helper thread has panicked");
@@ -163,11 +177,35 @@ fn warn_of_huge_pages(mapping: &Mapping) {
     }
 }
 
-fn scan_whole(region: &Awaited) {
-    let mut from = Some(0);
-    while let Some(at) = from {
-        from = presence::scan(&region.mapping, &region.present, at);
+/// Where answers go.
+#[derive(Clone)]
+struct Answers {
+    results: Sender<(u16, JobDone)>,
+    bell: Arc<OwnedFd>,
+}
+
+impl Answers {
+    fn give(&self, port: u16, done: JobDone) {
+        // Nobody hears them any more: the process ends.
+        if self.results.send((port, done)).is_ok() {
+            // The counter only wakes the loop, which never reads it; full is as good as rung.
+            let _ = nix::unistd::write(&*self.bell, &1_u64.to_ne_bytes());
+        }
     }
+}
+
+fn scan(regions: Vec<Awaited>) -> JobDone {
+    let start = Instant::now();
+    let more = regions.iter().fold(false, |more, region| more | scan_some(region));
+    JobDone::Scanned(more, start.elapsed())
+}
+
+/// Looks on where the last look at this region ended. True if it did not get to the end of the region.
+fn scan_some(region: &Awaited) -> bool {
+    let from = region.scanned.load(Ordering::Relaxed);
+    let next = presence::scan(&region.mapping, &region.present, from);
+    region.scanned.store(next.unwrap_or(u64::MAX), Ordering::Relaxed);
+    next.is_some()
 }
 
 fn perform(job: Job) -> Option<JobDone> {
@@ -191,32 +229,29 @@ fn perform(job: Job) -> Option<JobDone> {
         Job::Advise => {
             JobDone::Advised(Userfaultfd::new().map(Arc::new).map_err(|error| format!("postcopy: {error}")))
         }
-        Job::Scan(regions) => {
-            for region in regions {
-                scan_whole(&region);
-            }
-            JobDone::Ended(Ok(()))
-        }
-        Job::Rescan(regions) => {
-            for region in regions {
-                presence::scan(&region.mapping, &region.present, 0);
-            }
-            JobDone::Rescanned
-        }
+        Job::Register(uffd, mappings) => JobDone::Ended(
+            mappings
+                .iter()
+                .try_for_each(|mapping| {
+                    warn_of_huge_pages(mapping);
+                    uffd.register(mapping)
+                })
+                .map_err(|error| format!("postcopy: {error}")),
+        ),
+        // Normally on its own thread.
+        Job::Scan(regions) => scan(regions),
         Job::Unregister(uffd, mappings) => JobDone::Ended(
             mappings
                 .iter()
                 .try_for_each(|mapping| uffd.unregister(mapping))
                 .map_err(|error| format!("postcopy: {error}")),
         ),
-        Job::GiveUp(uffd, mappings) => JobDone::Ended(
+        // One that cannot be given up stays as it is, and with it what waits for its pages; the others go.
+        Job::GiveUp(uffd, mappings) => JobDone::Aside(
             mappings
                 .iter()
-                .try_for_each(|mapping| match &uffd {
-                    Some(uffd) => uffd.give_up(mapping),
-                    None => Ok(()),
-                })
-                .map_err(|error| format!("postcopy: {error}")),
+                .filter_map(|mapping| uffd.as_ref().and_then(|uffd| uffd.give_up(mapping).err()))
+                .fold(Ok(()), |_, error| Err(format!("postcopy: memory cannot be given up: {error}"))),
         ),
         Job::Wake(uffd, mappings) => {
             for mapping in mappings {
@@ -254,12 +289,10 @@ fn perform(job: Job) -> Option<JobDone> {
             }
             _ => Ok(()),
         }),
-        Job::Queues(uplink, queues) => {
-            JobDone::Steered(queues.into_iter().try_for_each(|(queue, active)| {
-                uplink
-                    .set_queue_active(queue, active)
-                    .map_err(|error| format!("{}: queue {queue}: {error}", uplink.describe()))
-            }))
-        }
+        Job::Queues(uplink, queues) => JobDone::Aside(queues.into_iter().try_for_each(|(queue, active)| {
+            uplink
+                .set_queue_active(queue, active)
+                .map_err(|error| format!("{}: queue {queue}: {error}", uplink.describe()))
+        })),
     })
 }

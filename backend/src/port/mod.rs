@@ -20,6 +20,7 @@ mod limit;
 pub mod plan;
 mod postcopy;
 mod report;
+pub mod token;
 
 use crate::config::{PortConfig, PostcopyMultiqueue};
 use crate::memory::{DirtyLog, GuestMemory};

@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::helper::Job;
-use super::postcopy::{Awaited, Postcopy};
+use super::postcopy::Awaited;
 use super::{Port, fds};
 use crate::memory::{GuestMemory, Mapping, RegionSpec};
 use crate::net::features;
@@ -69,6 +69,10 @@ pub(crate) struct Plan {
     starting: Option<u16>,
     /// The dirty log goes when the plan is through.
     drop_log: bool,
+    /// The ring that is being stopped: it waits for nothing any more.
+    pub(crate) stopping: Option<u16>,
+    /// If a job fails, nobody knows what guest memory shows: it must not be used any more.
+    pub(crate) vital: bool,
     /// What to go back to if SET_FEATURES fails.
     log_on_before: Option<bool>,
     pub(crate) outcome: Option<Outcome>,
@@ -96,7 +100,7 @@ impl Plan {
     }
 }
 
-fn release<M: Any + Send>(memory: M) -> Step {
+pub(super) fn release<M: Any + Send>(memory: M) -> Step {
     Step::Job(Job::Release(Box::new(memory)))
 }
 
@@ -133,6 +137,7 @@ impl Port {
                 self.tell_pair(index, Command::Update { direction, config });
             }
             Effect::StopRing { index } => {
+                self.plan.stopping = Some(index);
                 self.tell_pair(index, Command::Stop { direction: Direction::of_ring(index) });
                 self.steer(index, false);
             }
@@ -163,9 +168,10 @@ impl Port {
                     .map_err(|error| format!("{}: announcement: {error}", self.uplink.describe()))?;
             }
             Effect::PostcopyAdvise => self.postcopy_advise(),
-            Effect::PostcopyListen => self.postcopy_listen(),
+            Effect::PostcopyListen => self.postcopy_listen(engine),
             Effect::PostcopyArm => self.postcopy_arm(),
-            Effect::PostcopyEnd => self.postcopy_end(),
+            Effect::PostcopyWake => self.postcopy_wake(),
+            Effect::PostcopyEnd => self.postcopy_end(engine),
             Effect::SetBackendChannel(fd) => self.backend_channel = Some(fd),
             // The session has stopped the rings; what pairs keep (call, err) is to stay.
             Effect::Reset => {}
@@ -206,16 +212,15 @@ impl Port {
         // Pairs first move to the new memory, then the old one may go.
         let share = self.share_memory();
         self.plan.steps.push_back(share);
-        self.let_go(gone, old);
+        self.let_go(gone, self.postcopy.uffd.clone(), old);
     }
 
     /// Lets go of memory that no pair uses any more when this is reached: of regions whose pages are awaited by populates,
     /// too.
-    fn let_go<M: Any + Send>(&mut self, awaited: Vec<Awaited>, memory: M) {
+    fn let_go<M: Any + Send>(&mut self, awaited: Vec<Awaited>, uffd: Option<Arc<Userfaultfd>>, memory: M) {
         if awaited.is_empty() {
-            return self.push(release(memory));
+            return self.push(release((memory, uffd)));
         }
-        let uffd = self.postcopy.uffd.clone();
         let mappings = awaited.iter().map(|region| region.mapping.clone()).collect();
         self.push(Step::Job(Job::GiveUp(uffd.clone(), mappings)));
         let ids = awaited.iter().map(|region| region.id).collect();
@@ -288,7 +293,7 @@ impl Port {
     }
 
     /// Puts a pair into the uplink's steering or takes it out, with its receive ring.
-    fn steer(&mut self, index: u16, live: bool) {
+    pub(super) fn steer(&mut self, index: u16, live: bool) {
         let pair = index / 2;
         let Some(slot) = self.live.get_mut(usize::from(pair)).filter(|_| index.is_multiple_of(2)) else {
             return;
@@ -323,6 +328,9 @@ impl Port {
                 let memory = match self.plan.awaited {
                     true => {
                         self.plan.outcome = Some(Outcome::Mapped(hosts));
+                        // Nothing may fault before the front-end has acknowledged the new addresses.
+                        engine.arm(self.id, false);
+                        self.postcopy.armed = false;
                         self.await_pages(&memory, engine)
                     }
                     false => self.with_known_residency(memory),
@@ -367,13 +375,22 @@ impl Port {
         }
     }
 
+    /// A ring has stopped. (If memory was lost, that is the outcome, whatever stops because of it.)
+    pub(crate) fn stopped(&mut self, base: u16) {
+        self.plan.outcome.get_or_insert(Outcome::Base(base));
+        if let Some(index) = self.plan.stopping {
+            self.unpark(index / 2, Direction::of_ring(index));
+        }
+    }
+
     /// Starts to take down what a connection has built; steps under way are waited for first.
     pub(crate) fn begin_teardown(&mut self, engine: &mut Engine) {
         self.plan.purpose = Purpose::Teardown;
-        if std::mem::take(&mut self.postcopy.draining) {
+        if self.postcopy.draining.take().is_some() {
             self.plan.waiting = 0;
         }
         engine.arm(self.id, false);
+        engine.drop_queue(self.id);
         self.plan.outcome = None;
         self.plan.drop_steps();
         let resets = (0..self.pairs()).map(|pair| (pair, Command::Reset)).collect();
@@ -394,8 +411,9 @@ impl Port {
         let log = self.log.take();
         self.log_on = false;
         let awaited = self.forget_regions(&GuestMemory::empty(), engine);
-        self.let_go(awaited, (memory, log));
-        self.postcopy = Postcopy::default();
+        // The userfaultfd goes last: closing it is like unregistering all that is left.
+        let postcopy = std::mem::take(&mut self.postcopy);
+        self.let_go(awaited, postcopy.uffd, (memory, log));
         self.backend_channel = None;
     }
 }

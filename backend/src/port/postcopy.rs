@@ -6,7 +6,7 @@
 
 use super::Port;
 use super::helper::Job;
-use super::plan::{Purpose, Step};
+use super::plan::{Purpose, Step, release};
 use crate::memory::{GuestMemory, Mapping, MissingRange, ResidencyMap};
 use crate::postcopy::engine::{Engine, RegionId};
 use crate::postcopy::uffd::Userfaultfd;
@@ -14,7 +14,8 @@ use crate::session::Outcome;
 use crate::worker::{Command, Direction};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
 
 /// A region whose pages are awaited.
 #[derive(Clone)]
@@ -25,6 +26,8 @@ pub struct Awaited {
     pub mapping: Arc<Mapping>,
     /// What of it has come.
     pub present: Arc<ResidencyMap>,
+    /// Where the last look for pages that came by themselves ended, bytes from its start.
+    pub scanned: Arc<AtomicU64>,
 }
 
 /// What a port keeps for postcopy.
@@ -36,10 +39,16 @@ pub(crate) struct Postcopy {
     /// Rings that are parked: what each waits for, and since when.
     pub(crate) parked: HashMap<(u16, bool), (MissingRange, Instant)>,
     pub(crate) armed: bool,
-    /// END waits for populates under way.
-    pub(crate) draining: bool,
+    /// END has come: nothing is asked for any more.
+    pub(crate) ending: bool,
+    /// END waits for populates under way, until then.
+    pub(crate) draining: Option<Instant>,
+    /// Rings will look again in a moment, since a populate has failed.
+    pub(crate) looks_again: bool,
     /// A scan for pages that came by themselves is under way or due.
     pub(crate) scanning: bool,
+    /// How long the last one took, all pieces together.
+    pub(crate) scan_took: Duration,
     advised: Option<Instant>,
     pub(crate) pages_asked: u64,
     pub(crate) pages_failed: u64,
@@ -61,20 +70,31 @@ impl Port {
                     Postcopy { uffd: Some(uffd), advised: Some(Instant::now()), ..Postcopy::default() };
                 self.note(&"postcopy: advised");
             }
-            Ok(_) => {}
+            // Closing it takes the lock of the whole address space.
+            Ok(uffd) => self.plan_front(release(uffd)),
             Err(why) => self.failed(why),
         }
     }
 
-    /// POSTCOPY_LISTEN.
-    pub(crate) fn postcopy_listen(&mut self) {
+    /// POSTCOPY_LISTEN. Memory that is mapped already (early configuration, slots) is awaited from now on, like all that
+    /// comes: what its holes will hold nobody has said yet.
+    pub(crate) fn postcopy_listen(&mut self, engine: &mut Engine) {
         self.note(&format_args!("postcopy: listening, {}", self.postcopy.age()));
+        let Some(uffd) = self.postcopy.uffd.clone().filter(|_| !self.memory.mappings().is_empty()) else {
+            return;
+        };
+        let mappings = self.memory.mappings().to_vec();
+        let memory = self.memory.clone();
+        self.memory = self.await_pages(&memory, engine);
+        // Pairs first learn that pages are missing, and touch none; then touching them can make one wait.
+        let share = self.share_memory();
+        self.push(share);
+        self.push(Step::Job(Job::Register(uffd, mappings)));
+        self.plan.vital = true;
     }
 
-    /// The front-end knows our addresses: what has come already is found, then pages may be asked for.
+    /// The front-end knows our addresses: pages may be asked for.
     pub(crate) fn postcopy_arm(&mut self) {
-        self.postcopy.scanning = true;
-        self.push(Step::Job(Job::Scan(self.postcopy.regions.clone())));
         self.push(Step::Arm);
     }
 
@@ -92,14 +112,34 @@ impl Port {
         ));
     }
 
-    /// POSTCOPY_END: nothing may be under way when the ranges are unregistered.
-    pub(crate) fn postcopy_end(&mut self) {
+    /// Reports of missing pages may have been lost: all are made again.
+    pub(crate) fn postcopy_wake(&mut self) {
+        if let Some(job) = self.wake_all() {
+            self.push(Step::Job(job));
+        }
+    }
+
+    fn wake_all(&self) -> Option<Job> {
+        Some(Job::Wake(self.postcopy.uffd.clone()?, self.awaited_mappings()))
+    }
+
+    /// POSTCOPY_END: nothing may be under way when the ranges are unregistered, or it would make pages of zeros. So nothing
+    /// more is taken up, and what rings are known to wait for is waited for: if it does not come, the migration has failed.
+    pub(crate) fn postcopy_end(&mut self, engine: &mut Engine) {
+        self.postcopy.ending = true;
+        if !self.postcopy.armed && engine.queued(self.id) > 0 {
+            return self.lose_memory("postcopy ends before rings may ask for the pages they need", engine);
+        }
+        self.plan.vital = true;
         self.push(Step::Drain);
         if let Some(uffd) = self.postcopy.uffd.clone() {
-            let mappings = self.postcopy.regions.iter().map(|region| region.mapping.clone()).collect();
-            self.push(Step::Job(Job::Unregister(uffd, mappings)));
+            self.push(Step::Job(Job::Unregister(uffd, self.awaited_mappings())));
         }
         self.push(Step::EndPostcopy);
+    }
+
+    fn awaited_mappings(&self) -> Vec<Arc<Mapping>> {
+        self.postcopy.regions.iter().map(|region| region.mapping.clone()).collect()
     }
 
     /// Nothing can fault any more: memory is ordinary memory.
@@ -112,31 +152,42 @@ impl Port {
         let age = self.postcopy.age();
         let parks = self.counts().parks;
         self.note(&format_args!("postcopy: ended, {age}; {pages_asked} pages asked for, {parks} parks"));
-        self.postcopy = Postcopy::default();
+        let Postcopy { uffd, regions, .. } = std::mem::take(&mut self.postcopy);
         self.memory = self.memory.with_residency(&[]);
         let share = self.share_memory();
+        // Closing a userfaultfd takes the lock of the whole address space.
+        self.plan_front(release((regions, uffd)));
         self.plan_front(share);
     }
 
-    /// END waits: whoever waits for a page that is there already need not be woken by anybody else.
-    pub(crate) fn drain(&mut self) {
+    /// Whether no page of the port's memory is under way or waits for its turn.
+    pub(crate) fn is_quiet(&self, engine: &Engine) -> bool {
+        let under_way = self.postcopy.regions.iter().any(|region| !engine.is_quiet(region.id));
+        !under_way && engine.queued(self.id) == 0
+    }
+
+    /// END waits: whoever waits for a page that is there already need not be woken by anybody else. Returns how.
+    pub(crate) fn drain(&mut self, until: Instant) -> Option<Job> {
         self.plan.waiting = 1;
-        self.postcopy.draining = true;
-        if let Some(uffd) = self.postcopy.uffd.clone() {
-            let mappings = self.postcopy.regions.iter().map(|region| region.mapping.clone()).collect();
-            self.plan_front(Step::Job(Job::Wake(uffd, mappings)));
-        }
+        self.postcopy.draining = Some(until);
+        self.wake_all()
     }
 
     /// END came although pages are missing that rings wait for: their memory is given up, or they would become zeros.
     pub(crate) fn drain_failed(&mut self, engine: &mut Engine) {
         let missing = engine.in_flight(self.id) + engine.queued(self.id);
-        self.postcopy.draining = false;
+        self.lose_memory(&format!("{missing} pages that rings wait for have not arrived"), engine);
+    }
+
+    /// Guest memory cannot be used any more, and its holes must stay holes: rings stop, it goes.
+    pub(crate) fn lose_memory(&mut self, why: &str, engine: &mut Engine) {
+        engine.arm(self.id, false);
+        engine.drop_queue(self.id);
         self.plan.clear();
         self.plan.waiting = 0;
+        self.plan.vital = false;
         self.plan.outcome = Some(Outcome::Refused(format!(
-            "postcopy has ended although {missing} pages that rings wait for have not arrived: guest memory is given up, \
-             the device stands still until the guest's memory is set again"
+            "{why}: guest memory is given up, the device stands still until memory is set and rings are started again"
         )));
         let stops = (0..self.pairs())
             .flat_map(|pair| {
@@ -144,8 +195,25 @@ impl Port {
             })
             .collect();
         self.push(Step::Pairs(stops));
+        (0..self.pairs()).for_each(|pair| self.steer(2 * pair, false));
         self.replace_memory(GuestMemory::empty(), engine);
-        engine.arm(self.id, false);
+        self.postcopy = Postcopy::default();
+    }
+
+    /// A ring does not wait any more: it was stopped.
+    pub(crate) fn unpark(&mut self, pair: u16, direction: Direction) {
+        self.postcopy.parked.remove(&(pair, direction == Direction::Receive));
+    }
+
+    /// The process ends and no ring is looked at any more: what populates wait for must not become zeros when the
+    /// userfaultfd is closed.
+    pub(crate) fn give_up_pages(&self) {
+        let Some(uffd) = &self.postcopy.uffd else { return };
+        for region in &self.postcopy.regions {
+            if let Err(error) = uffd.give_up(&region.mapping) {
+                tracing::error!(port = self.name(), %error, "memory cannot be given up");
+            }
+        }
     }
 
     /// New regions are mapped and registered: their pages are awaited. Returns the memory with its residency.
@@ -161,7 +229,12 @@ impl Port {
                 let (size, page_size) = (mapping.spec().size, mapping.page_size());
                 let present = Arc::new(ResidencyMap::new(size, page_size));
                 let id = engine.add(self.id, mapping.host_addr(), size, page_size, present.clone());
-                let region = Awaited { id, mapping: mapping.clone(), present: present.clone() };
+                let region = Awaited {
+                    id,
+                    mapping: mapping.clone(),
+                    present: present.clone(),
+                    scanned: Arc::default(),
+                };
                 self.postcopy.regions.push(region);
                 Some(present)
             })
@@ -193,7 +266,7 @@ impl Port {
     }
 
     /// The ring that has waited longest: for what, and how long.
-    pub(crate) fn longest_stall(&self) -> Option<(u16, MissingRange, std::time::Duration)> {
+    pub(crate) fn longest_stall(&self) -> Option<(u16, MissingRange, Duration)> {
         let oldest = self.postcopy.parked.iter().min_by_key(|(_, (_, since))| *since)?;
         let ((pair, _), (range, since)) = oldest;
         Some((*pair, *range, since.elapsed()))

@@ -14,8 +14,12 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Populates under way in the process at most: each occupies an io-wq thread until its page has come.
+/// Populates under way in the process at most, but for the least that each port has: each occupies an io-wq thread until
+/// its page has come.
 pub const IN_FLIGHT_MAX: usize = 1024;
+/// Populates that a port may have under way whatever the others do: ports that were there first and stand still hold what
+/// they got when there were fewer.
+pub const PORT_IN_FLIGHT_MIN: usize = 16;
 /// Populates under way for one port at most.
 pub const PORT_IN_FLIGHT_MAX: usize = 320;
 /// Pages that wait in a port's queue at most; whoever needs more asks again.
@@ -130,26 +134,43 @@ impl Engine {
         self.ports.iter().filter(|port| port.armed).count()
     }
 
+    /// Forgets what of a port waits to be asked for; it may be asked for again.
+    pub fn drop_queue(&mut self, port: u16) {
+        let Some(port) = self.ports.get_mut(usize::from(port)) else { return };
+        for (id, page) in port.queue.drain(..) {
+            if let Some(region) = self.regions.get_mut(id.0 as usize) {
+                region.requested[(page / 64) as usize] &= !(1 << (page % 64));
+            }
+        }
+    }
+
     /// Queues what is missing of `range` (bytes from the region's start), as far as it was not asked for before.
-    pub fn want(&mut self, id: RegionId, range: Range<u64>) {
+    /// `urgent`: before all else, and even if the queue is full; without this page a ring stands still.
+    pub fn want(&mut self, id: RegionId, range: Range<u64>, urgent: bool) {
         let Some(region) = self.regions.get_mut(id.0 as usize).filter(|region| !region.given_up) else {
             return;
         };
         let queue = &mut self.ports[usize::from(region.port)].queue;
         let first = range.start / region.page_size;
         let end = range.end.div_ceil(region.page_size).min(first + RUN_PAGES_MAX);
-        for page in first..end {
-            let Some(word) = region.requested.get_mut((page / 64) as usize) else { return };
+        for n in 0..end.saturating_sub(first) {
+            // To the front from the last one on, so that the first comes first.
+            let page = if urgent { end - 1 - n } else { first + n };
+            if !urgent && queue.len() >= QUEUE_MAX {
+                return;
+            }
+            let Some(word) = region.requested.get_mut((page / 64) as usize) else { continue };
             let bit = 1 << (page % 64);
             let at = page * region.page_size;
-            if *word & bit != 0
-                || queue.len() >= QUEUE_MAX
-                || region.present.first_missing(at..at + 1).is_none()
-            {
+            if *word & bit != 0 || region.present.first_missing(at..at + 1).is_none() {
                 continue;
             }
             *word |= bit;
-            queue.push_back((id, page));
+            if urgent {
+                queue.push_front((id, page));
+            } else {
+                queue.push_back((id, page));
+            }
         }
     }
 
@@ -159,9 +180,8 @@ impl Engine {
         let ports = self.ports.len();
         for _ in 0..ports {
             self.turn = (self.turn + 1) % ports;
-            if self.in_flight >= IN_FLIGHT_MAX {
-                return None;
-            }
+            let full = self.in_flight >= IN_FLIGHT_MAX;
+            let quota = if full { quota.min(PORT_IN_FLIGHT_MIN) } else { quota };
             let port = &mut self.ports[self.turn];
             while port.armed && port.in_flight < quota {
                 let Some((id, page)) = port.queue.pop_front() else { break };
@@ -183,12 +203,15 @@ impl Engine {
 
     /// Each armed port's share of what may be under way.
     fn quota(&self) -> usize {
-        (IN_FLIGHT_MAX / self.armed().max(1)).min(PORT_IN_FLIGHT_MAX)
+        (IN_FLIGHT_MAX / self.armed().max(1)).clamp(PORT_IN_FLIGHT_MIN, PORT_IN_FLIGHT_MAX)
     }
 
-    /// io-wq threads that it takes to have all quotas under way at once.
+    /// io-wq threads that it takes to have all that may be under way under way at once.
     pub fn workers(&self) -> usize {
-        (self.armed() * self.quota()).max(self.in_flight) + WORKERS_RESERVE
+        let armed = self.armed();
+        // Ports may hold more than their share still, and others their least beside that.
+        let all = (armed * self.quota()).max(self.in_flight + armed * PORT_IN_FLIGHT_MIN);
+        all + WORKERS_RESERVE
     }
 
     /// A populate has ended; `arrived`: with its page.

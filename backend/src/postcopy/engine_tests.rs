@@ -23,16 +23,16 @@ fn a_page_is_asked_for_once() {
     let mut engine = Engine::default();
     let (id, map) = region(&mut engine, 0, 100);
     map.set_present(3 * PAGE..4 * PAGE);
-    engine.want(id, 0..5 * PAGE);
-    engine.want(id, 2 * PAGE + 5..6 * PAGE + 1);
+    engine.want(id, 0..5 * PAGE, false);
+    engine.want(id, 2 * PAGE + 5..6 * PAGE + 1, false);
     let asked: Vec<u64> = drain(&mut engine).iter().map(|populate| populate.page).collect();
     assert_eq!(asked, [0, 1, 2, 4, 5, 6]);
-    engine.want(id, 0..7 * PAGE);
+    engine.want(id, 0..7 * PAGE, false);
     assert_eq!(engine.next(), None);
     assert_eq!(engine.completed(id, 2, true), Completed::Arrived { port: 0 });
     assert_eq!(map.first_missing(2 * PAGE..3 * PAGE), None);
     assert_eq!(engine.completed(id, 4, false), Completed::Failed { port: 0 });
-    engine.want(id, 0..7 * PAGE);
+    engine.want(id, 0..7 * PAGE, false);
     assert_eq!(drain(&mut engine).iter().map(|populate| populate.page).collect::<Vec<_>>(), [4]);
     assert_eq!(engine.in_flight(0), 5);
 }
@@ -41,7 +41,7 @@ fn a_page_is_asked_for_once() {
 fn pages_that_came_by_themselves_are_not_asked_for() {
     let mut engine = Engine::default();
     let (id, map) = region(&mut engine, 0, 10);
-    engine.want(id, 0..10 * PAGE);
+    engine.want(id, 0..10 * PAGE, false);
     map.set_present(0..9 * PAGE);
     assert_eq!(drain(&mut engine).iter().map(|populate| populate.page).collect::<Vec<_>>(), [9]);
 }
@@ -51,7 +51,7 @@ fn nothing_is_asked_for_before_the_port_is_armed() {
     let mut engine = Engine::default();
     let (id, _map) = region(&mut engine, 0, 10);
     engine.arm(0, false);
-    engine.want(id, 0..10 * PAGE);
+    engine.want(id, 0..10 * PAGE, false);
     assert_eq!(engine.next(), None);
     engine.arm(0, true);
     assert_eq!(drain(&mut engine).len(), 10);
@@ -64,11 +64,11 @@ fn a_stalled_port_does_not_starve_another() {
     let (stalled, _a) = region(&mut engine, 0, 4096);
     let (moving, _b) = region(&mut engine, 3, 4096);
     for start in (0..4096).step_by(64) {
-        engine.want(stalled, start * PAGE..(start + 64) * PAGE);
+        engine.want(stalled, start * PAGE..(start + 64) * PAGE, false);
     }
     assert_eq!(drain(&mut engine).len(), PORT_IN_FLIGHT_MAX);
     for start in (0..4096).step_by(64) {
-        engine.want(moving, start * PAGE..(start + 64) * PAGE);
+        engine.want(moving, start * PAGE..(start + 64) * PAGE, false);
         let asked = drain(&mut engine);
         assert_eq!(asked.len(), 64);
         for populate in asked {
@@ -82,7 +82,7 @@ fn a_stalled_port_does_not_starve_another() {
 fn a_region_that_is_given_up_is_forgotten_when_it_is_quiet() {
     let mut engine = Engine::default();
     let (id, _map) = region(&mut engine, 0, 1000);
-    (0..10).for_each(|n| engine.want(id, n * 64 * PAGE..(n + 1) * 64 * PAGE));
+    (0..10).for_each(|n| engine.want(id, n * 64 * PAGE..(n + 1) * 64 * PAGE, false));
     let asked = drain(&mut engine);
     assert!(engine.queued(0) > 0);
     engine.give_up(id);
@@ -94,8 +94,49 @@ fn a_region_that_is_given_up_is_forgotten_when_it_is_quiet() {
     }
     assert!(engine.is_quiet(id));
     engine.remove(id);
-    engine.want(id, 0..PAGE);
+    engine.want(id, 0..PAGE, false);
     assert_eq!((engine.next(), engine.in_flight(0)), (None, 0));
+}
+
+/// Ports that were there first took the most that one may have, and stand still: each later one still moves.
+#[test]
+fn ports_that_came_first_and_stand_still_leave_something_for_later_ones() {
+    let mut engine = Engine::default();
+    for port in 0..10 {
+        let (id, _map) = region(&mut engine, port, 4096);
+        (0..4096).step_by(64).for_each(|n| engine.want(id, n * PAGE..(n + 64) * PAGE, false));
+        let asked = drain(&mut engine).len();
+        assert!(asked >= PORT_IN_FLIGHT_MIN, "port {port}: {asked}");
+        assert_eq!(asked, engine.in_flight(port));
+    }
+    let all: usize = (0..10).map(|port| engine.in_flight(port)).sum();
+    assert!(all <= IN_FLIGHT_MAX + 10 * PORT_IN_FLIGHT_MIN, "{all}");
+    assert!(engine.workers() >= all + WORKERS_RESERVE);
+}
+
+#[test]
+fn what_a_ring_stands_still_for_goes_first() {
+    let mut engine = Engine::default();
+    let (id, _map) = region(&mut engine, 0, 2 * QUEUE_MAX as u64);
+    (0..2 * QUEUE_MAX as u64).step_by(64).for_each(|n| engine.want(id, n * PAGE..(n + 64) * PAGE, false));
+    assert_eq!(engine.queued(0), QUEUE_MAX);
+    let far = 2 * QUEUE_MAX as u64 - 2;
+    engine.want(id, far * PAGE..(far + 2) * PAGE, true);
+    assert_eq!(engine.next().map(|populate| populate.page), Some(far));
+    assert_eq!(engine.next().map(|populate| populate.page), Some(far + 1));
+    assert_eq!(engine.next().map(|populate| populate.page), Some(0));
+}
+
+#[test]
+fn a_queue_that_was_dropped_can_be_filled_again() {
+    let mut engine = Engine::default();
+    let (id, _map) = region(&mut engine, 0, 100);
+    engine.want(id, 0..50 * PAGE, false);
+    assert_eq!(engine.next().map(|populate| populate.page), Some(0));
+    engine.drop_queue(0);
+    assert_eq!((engine.queued(0), engine.next()), (0, None));
+    engine.want(id, 0..50 * PAGE, false);
+    assert_eq!(drain(&mut engine).len(), 49, "the first is under way still");
 }
 
 #[derive(Clone, Debug)]
@@ -130,7 +171,7 @@ proptest! {
         let mut under_way: Vec<Populate> = Vec::new();
         for op in ops {
             match op {
-                Op::Want(n, page, count) => engine.want(regions[n].0, page * PAGE..(page + count) * PAGE),
+                Op::Want(n, page, count) => engine.want(regions[n].0, page * PAGE..(page + count) * PAGE, false),
                 Op::Next => if let Some(populate) = engine.next() {
                     let n = regions.iter().position(|(id, _)| *id == populate.region).unwrap();
                     prop_assert!(!given_up[n] && populate.page < 200);

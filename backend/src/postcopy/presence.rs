@@ -19,15 +19,20 @@ const RUNS_MAX: usize = 4096;
 
 /// Marks what of the region has come, from `from` on (bytes from its start). Returns where to go on, or None at the end.
 pub fn scan(mapping: &Mapping, map: &ResidencyMap, from: u64) -> Option<u64> {
-    if !usable(mapping) {
+    let spec = mapping.spec();
+    if !usable(mapping) || from >= spec.size {
         return None;
     }
-    let spec = mapping.spec();
     let mut at = from;
     for _ in 0..RUNS_MAX {
         // What is known to be there need not be looked at.
         let gap = map.first_missing(at..spec.size)?;
         let start = seek(mapping, gap.start, Whence::SeekData).filter(|start| *start < spec.size)?;
+        if start >= gap.end {
+            // Known already: the kernel would walk over all of it, page by page, to find its end.
+            at = gap.end;
+            continue;
+        }
         let end = seek(mapping, start, Whence::SeekHole)?.min(spec.size);
         map.set_present(start..end);
         at = end;

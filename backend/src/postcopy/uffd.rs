@@ -1,5 +1,10 @@
 //! A userfaultfd: made, probed, and given ranges. The front-end reads it, we never do.
 //!
+//! **It is a key to this process.** Who holds it can place pages in our address space, and register more of it: the
+//! protocol wants that. And a front-end that takes a page away again after it has come (a hole in the file) makes
+//! whoever touches it wait. So postcopy is for front-ends that are trusted as much as this process; for others there is
+//! `--postcopy off`.
+//!
 //! Five calls of our own: the `userfaultfd` crate generates its bindings from C headers at build time, by libclang, which
 //! a build of this program shall not need.
 
@@ -155,8 +160,10 @@ fn open() -> Result<OwnedFd, UffdError> {
         return Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) });
     }
     match Errno::last() {
-        Errno::ENOSYS => Err(UffdError::NoKernelSupport),
-        Errno::EPERM | Errno::EACCES => open_device(flags).map_err(|_| refusal()),
+        // Seccomp profiles say either.
+        errno @ (Errno::ENOSYS | Errno::EPERM | Errno::EACCES) => {
+            open_device(flags).map_err(|_| refusal(errno))
+        }
         errno => Err(UffdError::Call("userfaultfd", errno)),
     }
 }
@@ -172,20 +179,49 @@ fn open_device(flags: i32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// EPERM has two causes.
-fn refusal() -> UffdError {
-    let everybody = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd");
-    let everybody = everybody.is_ok_and(|text| text.trim() == "1");
+/// What `userfaultfd` was refused for.
+fn refusal(errno: Errno) -> UffdError {
+    let everybody = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").ok();
     let ptrace = 1 << 19; // CAP_SYS_PTRACE
-    if everybody || effective_capabilities() & ptrace != 0 {
-        UffdError::Filtered
-    } else {
-        UffdError::NotPermitted
+    let privileged = effective_capabilities() & ptrace != 0 && in_initial_user_namespace();
+    cause(errno, everybody.as_deref().map(str::trim), privileged)
+}
+
+/// `everybody`: what vm.unprivileged_userfaultfd says; none: there is no such thing.
+fn cause(errno: Errno, everybody: Option<&str>, privileged: bool) -> UffdError {
+    match everybody {
+        None if errno == Errno::ENOSYS => UffdError::NoKernelSupport,
+        // The kernel knows the call: somebody before it does not.
+        _ if errno == Errno::ENOSYS => UffdError::Filtered,
+        Some("1") => UffdError::Filtered,
+        _ if privileged => UffdError::Filtered,
+        _ => UffdError::NotPermitted,
     }
+}
+
+/// The kernel asks for the capability there, whatever a container's root may do in its own.
+fn in_initial_user_namespace() -> bool {
+    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    map.split_whitespace().eq(["0", "0", "4294967295"])
 }
 
 fn effective_capabilities() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     line.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_cause_has_its_remedy() {
+        let text = |errno, everybody, privileged| cause(errno, everybody, privileged).to_string();
+        assert!(text(Errno::ENOSYS, None, true).contains("CONFIG_USERFAULTFD"));
+        assert!(text(Errno::ENOSYS, Some("0"), true).contains("seccomp"));
+        assert!(text(Errno::EPERM, Some("0"), false).contains("vm.unprivileged_userfaultfd"));
+        assert!(text(Errno::EPERM, Some("0"), true).contains("seccomp"));
+        assert!(text(Errno::EPERM, Some("1"), false).contains("seccomp"));
+    }
 }

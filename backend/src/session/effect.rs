@@ -123,6 +123,8 @@ pub enum Effect<F> {
     PostcopyListen,
     /// The front-end knows where we have mapped its memory: pages may be asked for.
     PostcopyArm,
+    /// The front-end may have lost reports of missing pages: whoever waits for one is to report again.
+    PostcopyWake,
     /// All pages have arrived, or none will any more: nothing may fault after the outcome, and the userfaultfd is closed.
     PostcopyEnd,
     /// The device went back to its initial state. Running rings have been stopped one by one before, memory, log,

@@ -13,7 +13,11 @@
 //! **QEMU and several queue pairs.** For pairs after the first QEMU leaves SET_MEM_TABLE out (it is sent once per device)
 //! but still reads an answer to it, for ever (QEMU 7.2 to 10.2). With `postcopy_resend` the answer is sent again where
 //! QEMU waits for it: after SET_FEATURES of a further pair, or after the GET_STATUS that follows it if STATUS is
-//! agreed on. A QEMU that does not wait would be thrown off by that, so it is an option.
+//! agreed on. By slots it waits so when a pair starts for the first time only; by a table, whenever the guest restarts its
+//! device. A QEMU that does not wait would be thrown off by that, so it is an option.
+//!
+//! Each pair of QEMU's listens to the one userfaultfd, and reports go to any of them; one that has not had its answer
+//! yet drops them ("Failed to find region for fault"). When it has, its rings start: then all who wait report again.
 #![forbid(unsafe_code)]
 
 use super::effect::Effect;
@@ -22,6 +26,9 @@ use super::message::{RequestId as Id, SingleRegion, TableHead, WireRegion, encod
 use crate::memory::RegionSpec;
 use std::fmt;
 use zerocopy::IntoBytes;
+
+/// A pair has a receive and a transmit ring.
+const RINGS_OF_FIRST_PAIR: u16 = 2;
 
 /// How far a migration is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -98,6 +105,10 @@ pub(super) struct Postcopy {
     answered: Vec<WireRegion>,
     told: Told,
     resend: Resend,
+    /// Which pair of a device that starts SET_FEATURES was sent for last.
+    pair: u16,
+    /// The last pair that has been answered by slots.
+    pair_told: u16,
 }
 
 impl Postcopy {
@@ -158,22 +169,30 @@ impl Postcopy {
     /// What is to be sent again after the answer to `request`. `running`: some ring runs, so a SET_FEATURES is a further
     /// pair's, not the first one's of a device that starts.
     pub fn resend(&mut self, request: u32, with_status: bool, running: bool) -> Vec<Vec<u8>> {
-        let features = request == Id::SetFeatures as u32;
-        if features && with_status && self.is_on() && running {
-            self.resend = Resend::AfterStatus;
+        if !self.is_on() {
             return Vec::new();
         }
-        let status =
+        let mut due =
             request == Id::GetStatus as u32 && std::mem::take(&mut self.resend) == Resend::AfterStatus;
-        if !(status || features && running && self.is_on()) || self.answered.is_empty() {
-            return Vec::new();
+        if request == Id::SetFeatures as u32 {
+            self.pair = if running { self.pair.saturating_add(1) } else { 0 };
+            let waits = self.pair > 0 && (self.told == Told::AsTable || self.pair > self.pair_told);
+            due = waits && !with_status;
+            self.resend = if waits && with_status { Resend::AfterStatus } else { Resend::No };
         }
         match self.told {
+            _ if !due || self.answered.is_empty() => Vec::new(),
             Told::AsTable => vec![table_reply(Id::SetMemTable as u32, &self.answered)],
             Told::AsSlots => {
+                self.pair_told = self.pair;
                 self.answered.iter().map(|region| slot_reply(Id::AddMemReg as u32, *region)).collect()
             }
         }
+    }
+
+    /// Whether reports of missing pages may have been lost until this ring's pair was answered.
+    pub fn loses_faults(&self, ring: u16) -> bool {
+        self.phase == Phase::Armed && ring >= RINGS_OF_FIRST_PAIR
     }
 }
 

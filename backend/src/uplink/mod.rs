@@ -8,9 +8,14 @@
 //! never sleep.
 
 mod burst_ring;
+#[cfg(test)]
+pub(crate) mod netlab;
 pub mod null;
+#[cfg(test)]
+mod steering_tests;
 pub mod tap;
 mod tap_queue;
+pub mod tap_steering;
 #[cfg(test)]
 mod tap_tests;
 #[cfg(test)]

@@ -4,13 +4,14 @@
 //! Not here: what a header means (`net::header`), which offloads the driver took (`net::features`).
 
 pub use super::tap_queue::TapQueue;
+use super::tap_steering::Steering;
 use super::{Capabilities, FrameFormat, Uplink};
 use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use virtio_bindings::virtio_net as vn;
 
@@ -75,9 +76,11 @@ pub struct Tap {
     header_len: AtomicUsize,
     /// As far as we know: others can change it, too.
     mtu: Arc<AtomicU16>,
+    /// Of a multi-queue tap, where the kernel lets us.
+    steering: Mutex<Option<Steering>>,
 }
 
-fn ioctl(fd: &impl AsRawFd, request: libc::c_ulong, argument: libc::c_ulong) -> io::Result<()> {
+pub(super) fn ioctl(fd: &impl AsRawFd, request: libc::c_ulong, argument: libc::c_ulong) -> io::Result<()> {
     // SAFETY: used only with tun requests that take an integer by value, or a pointer to a live local.
     match unsafe { libc::ioctl(fd.as_raw_fd(), request as _, argument) } {
         -1 => Err(io::Error::last_os_error()),
@@ -197,6 +200,7 @@ impl Tap {
             capabilities,
             header_len: AtomicUsize::new(12),
             mtu: Arc::new(AtomicU16::new(mtu)),
+            steering: Mutex::new(None),
         };
         let format = FrameFormat { header_len: 12, features: 0 };
         tap.configure(format).map_err(|error| TapError::Call(tap.name.clone(), "TUNSETVNETHDRSZ", error))?;
@@ -205,7 +209,19 @@ impl Tap {
             tap.set_queue_active(queue as u16, false)
                 .map_err(|error| TapError::Call(tap.name.clone(), "TUNSETQUEUE", error))?;
         }
+        if tap.multi_queue {
+            *tap.steering() = Steering::start(&tap.queues[0], tap.queues.len() as u16, &tap.description);
+        }
         Ok(tap)
+    }
+
+    fn steering(&self) -> MutexGuard<'_, Option<Steering>> {
+        self.steering.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The steering program's counters; `None` without one.
+    pub fn steering_stats(&self) -> Option<ebpf_common::tap::Stats> {
+        self.steering().as_ref()?.stats().ok()
     }
 
     /// The queues, in the order of the queue pairs.
@@ -344,9 +360,11 @@ impl Uplink for Tap {
         let mut request = ifreq("");
         let flag = if active { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
         request.ifr_ifru.ifru_flags = flag as libc::c_short;
+        let mut steering = self.steering();
         match ioctl(fd, libc::TUNSETQUEUE as _, (&raw mut request) as libc::c_ulong) {
             // It was in that state already.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            Ok(()) => steering.as_mut().map_or(Ok(()), |steering| steering.set(queue, active)),
             other => other,
         }
     }

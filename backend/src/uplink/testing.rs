@@ -1,9 +1,10 @@
 //! A scripted uplink queue for unit tests: frames to receive, frames that were sent, answers to give.
 //! Its calls move bytes by preadv/pwritev, so the kernel judges the lists of buffers as it does for a tap.
 
-use super::{ReceiveError, SendError, UplinkQueue};
+use super::{ReceiveError, SendError, UplinkQueue, Woken};
 use crate::memory::IoVec;
 use crate::memory::testing::memfd;
+use crate::worker::Direction;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::collections::VecDeque;
 use std::fs::File;
@@ -36,8 +37,18 @@ pub(crate) struct State {
     pub(crate) before_send: Option<Hook>,
     /// The MTU it says it has.
     pub(crate) mtu: Option<u16>,
+    /// What wake-ups are answered by; without an entry the uplink wants none.
+    pub(crate) wakes: VecDeque<Woken>,
+    /// Wake-ups that have ended.
+    pub(crate) woken: usize,
+    /// It cannot be polled for room.
+    pub(crate) cannot_tell_room: bool,
+    /// Frames that were discarded.
+    pub(crate) discarded: u64,
     /// Calls of `receive`.
     pub(crate) receives: usize,
+    /// It drops what nobody receives.
+    pub(crate) discards: bool,
     /// What an empty inbox answers: `Down` instead of `Empty`.
     pub(crate) dead: bool,
 }
@@ -48,12 +59,22 @@ pub(crate) struct FakeUplink {
     state: Arc<Mutex<State>>,
     stage: Arc<File>,
     event: Arc<OwnedFd>,
+    /// Takes a send of nothing.
+    socket: Arc<OwnedFd>,
+    _peer: Arc<OwnedFd>,
 }
 
 impl FakeUplink {
     pub(crate) fn new() -> Self {
         let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap();
-        Self { state: Arc::default(), stage: Arc::new(memfd(STAGE_BYTES)), event: Arc::new(event.into()) }
+        let (socket, peer) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        Self {
+            state: Arc::default(),
+            stage: Arc::new(memfd(STAGE_BYTES)),
+            event: Arc::new(event.into()),
+            socket: Arc::new(socket.into()),
+            _peer: Arc::new(peer.into()),
+        }
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
@@ -78,6 +99,33 @@ impl FakeUplink {
 impl UplinkQueue for FakeUplink {
     fn readable(&self) -> &[Arc<OwnedFd>] {
         std::slice::from_ref(&self.event)
+    }
+
+    fn writable(&self) -> Option<&Arc<OwnedFd>> {
+        if self.state().cannot_tell_room { None } else { Some(&self.event) }
+    }
+
+    fn discard(&mut self) -> u64 {
+        let mut state = self.state();
+        if !state.discards {
+            return 0;
+        }
+        let count = state.inbox.len() as u64;
+        state.inbox.clear();
+        state.discarded += count;
+        count
+    }
+
+    fn wake(&mut self, direction: Direction) -> Option<&Arc<OwnedFd>> {
+        let wanted = direction == Direction::Transmit && !self.state().wakes.is_empty();
+        wanted.then_some(&self.socket)
+    }
+
+    fn woken(&mut self, _direction: Direction, result: &io::Result<()>) -> Woken {
+        assert!(result.is_ok(), "{result:?}");
+        let mut state = self.state();
+        state.woken += 1;
+        state.wakes.pop_front().unwrap_or(Woken::Done)
     }
 
     fn mtu(&self) -> u16 {

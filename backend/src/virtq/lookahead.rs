@@ -4,7 +4,7 @@
 //! pages is not here.
 #![forbid(unsafe_code)]
 
-use super::chain::{Chain, WalkError};
+use super::chain::{Chain, MAX_CHAIN, WalkError};
 use super::split::SplitQueue;
 use crate::memory::{GuestMemory, MissingRange};
 
@@ -21,8 +21,10 @@ pub enum Purpose {
 
 /// Segments that one look takes in: a guest with very long chains must not make it long.
 const SEGMENTS_MAX: usize = 4096;
-/// Bytes of a segment that are looked at: more than any frame has.
-const SEGMENT_BYTES_MAX: u32 = 128 << 10;
+/// Bytes of a segment that are looked at: as long as any frame can be (`net::rx::SPILL_BYTES`).
+const SEGMENT_BYTES_MAX: u32 = 68 << 10;
+/// What a chain counts that could not be taken apart: as long as it may have been, in segments.
+const FAILED_WALK: usize = MAX_CHAIN;
 
 impl SplitQueue {
     /// The available index of the first chain that nobody has taken.
@@ -53,7 +55,7 @@ impl SplitQueue {
         let Ok(ring) = self.ring.access() else { return first };
         let mut segments = 0;
         for ahead in skip..waiting {
-            if segments > SEGMENTS_MAX {
+            if segments >= SEGMENTS_MAX {
                 return first.wrapping_add(ahead);
             }
             let head = ring.avail_head(first.wrapping_add(ahead));
@@ -68,8 +70,12 @@ impl SplitQueue {
                         });
                     }
                 }
-                Err(WalkError::Missing(range)) => visit(range, Purpose::IndirectTable),
-                Err(WalkError::Bad(_)) => {}
+                Err(WalkError::Missing(range)) => {
+                    // Nothing of the table was read if its first page is missing, which is the usual case.
+                    segments += if range.gpa <= first_desc.addr().0 { 1 } else { FAILED_WALK };
+                    visit(range, Purpose::IndirectTable);
+                }
+                Err(WalkError::Bad(_)) => segments += FAILED_WALK,
             }
         }
         first.wrapping_add(waiting.max(skip))

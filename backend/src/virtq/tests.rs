@@ -3,6 +3,7 @@
 mod basic;
 mod differential;
 pub(crate) mod driver;
+mod lookahead;
 mod migration;
 mod regressions;
 mod threads;

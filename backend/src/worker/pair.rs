@@ -180,6 +180,13 @@ impl Pair {
         shared: &mut Shared,
     ) {
         for direction in [Direction::Receive, Direction::Transmit] {
+            if direction == Direction::Receive
+                && memory.is_incomplete()
+                && let Some(ring) = &mut self.rx.ring
+            {
+                // A frame that waits for more buffers has taken some, whose pages may be missing now.
+                self.receiver.abandon(&mut ring.queue, &self.counters);
+            }
             let Some(ring) = &mut self.half(direction).ring else { continue };
             match ring.queue.remap(&memory) {
                 Ok(()) => ring.look_again(),

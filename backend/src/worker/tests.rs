@@ -1,6 +1,8 @@
 //! A pair on a real reactor, with eventfds, a driver in a real memory file and a scripted uplink.
 
 mod faults;
+mod late;
 mod lifecycle;
 mod notify;
 mod rig;
+mod wake;

@@ -61,7 +61,9 @@ pub struct Config {
     /// Slots for each queue in `xsk_socks`.
     pub slots: u32,
     /// 0: broadcast and multicast go to the stack; 1: to the flood socket of their queue.
-    pub flood: u32,
+    pub flood: u16,
+    /// 0: all addresses of `mac_table` are for any VLAN, so that one look is enough; 1: some are not.
+    pub exact: u16,
 }
 
 /// The one entry, on each CPU, of `xdp_stats`: frames by what became of them.

@@ -5,6 +5,7 @@ use super::PATIENCE;
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -142,6 +143,17 @@ impl Backend {
         line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).context("VmRSS's number")
     }
 
+    /// Threads that wait in the kernel for a page that userfaultfd reports.
+    pub fn waiting_for_pages(&self) -> Result<usize> {
+        let mut count = 0;
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.pid()))?.flatten() {
+            // A thread may end meanwhile.
+            let place = std::fs::read_to_string(task.path().join("wchan")).unwrap_or_default();
+            count += usize::from(place.contains("userfault"));
+        }
+        Ok(count)
+    }
+
     /// How often its threads have gone to sleep, which is as often as they were woken.
     pub fn wakeups(&self) -> Result<u64> {
         let mut count = 0;
@@ -177,10 +189,22 @@ impl Backend {
     ///
     /// Log lines have rate limits; the counters have none. They are asked for with SIGUSR1.
     pub fn complaints(&self, port: &str) -> Result<u64> {
+        Ok(counted_against(&self.summary(port)?))
+    }
+
+    /// A port's counters that are not zero.
+    pub fn counters(&self, port: &str) -> Result<BTreeMap<String, u64>> {
+        let summary = self.summary(port)?;
+        let pairs = summary.split_whitespace().filter_map(|word| word.split_once('='));
+        Ok(pairs.filter_map(|(name, n)| Some((name.to_owned(), n.parse().ok()?))).collect())
+    }
+
+    /// Asks for the counters, and waits for a port's line.
+    fn summary(&self, port: &str) -> Result<String> {
         let answers = || {
             let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
             let mut lines = log.iter().filter(|line| is_asked_for(line) && line.contains(port));
-            let last = lines.next_back().map(|line| counted_against(line));
+            let last = lines.next_back().cloned();
             (lines.count() + usize::from(last.is_some()), last)
         };
         let (before, _) = answers();
@@ -195,6 +219,14 @@ impl Backend {
         let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
         let mut lines = log.iter().filter(|line| line.contains(port) && !is_asked_for(line));
         lines.any(|line| line.contains("WARN") || line.contains("ERROR") || counted_against(line) > 0)
+    }
+
+    /// The last answer to SIGUSR1 about a port.
+    pub fn counters(&self, port: &str) -> Result<String> {
+        self.complaints(port)?;
+        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lines = log.iter().filter(|line| is_asked_for(line) && line.contains(port));
+        lines.next_back().cloned().context("counters")
     }
 
     fn id(&self) -> Pid {

@@ -57,6 +57,13 @@ impl Frame {
         f
     }
 
+    /// The same from `source`.
+    pub fn from_to(number: u64, len: usize, flow: u16, source: [u8; 6], destination: [u8; 6]) -> Vec<u8> {
+        let mut frame = Self::numbered(number, len, flow, destination);
+        frame[6..12].copy_from_slice(&source);
+        frame
+    }
+
     /// The number of a frame that [`Frame::numbered`] made, if every byte behind the MAC addresses is right
     /// (a guest that sends it back swaps those). `None` if it is somebody else's frame.
     pub fn number(f: &[u8]) -> Option<Result<u64>> {

@@ -63,6 +63,17 @@ impl Link {
         self.ioctl(libc::SIOCSIFTXQLEN, &mut request)
     }
 
+    /// Lets the stack compute checksums itself instead of leaving them to the interface's driver, or not
+    /// (`ethtool -K NAME tx off`): what a virtual interface sends has none otherwise.
+    pub fn set_checksum_offload(&self, on: bool) -> Result<()> {
+        const SIOCETHTOOL: libc::Ioctl = 0x8946;
+        const ETHTOOL_STXCSUM: u32 = 0x17;
+        let mut value = [ETHTOOL_STXCSUM, u32::from(on)];
+        let mut request = self.request()?;
+        request.ifr_ifru.ifru_data = value.as_mut_ptr().cast();
+        self.ioctl(SIOCETHTOOL, &mut request)
+    }
+
     /// Interface index.
     pub fn index(&self) -> Result<i32> {
         let mut request = self.request()?;
@@ -96,7 +107,7 @@ impl Link {
 
     fn ioctl(&self, what: libc::Ioctl, request: &mut libc::ifreq) -> Result<()> {
         let s = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
-        // SAFETY: these requests read and write one ifreq, which outlives the call.
+        // SAFETY: these requests read and write one ifreq, and what it may point to, which outlive the call.
         let r = unsafe { libc::ioctl(s.as_raw_fd(), what, request as *mut libc::ifreq) };
         if r < 0 {
             let e = std::io::Error::last_os_error();

@@ -145,7 +145,9 @@ impl Capture {
         };
         if n < 0 {
             let e = io::Error::last_os_error();
-            return if e.kind() == io::ErrorKind::WouldBlock { Ok(None) } else { Err(e).context("recv") };
+            // That the link went down is told once, between frames.
+            let none = e.kind() == io::ErrorKind::WouldBlock || e.raw_os_error() == Some(libc::ENETDOWN);
+            return if none { Ok(None) } else { Err(e).context("recv") };
         }
         Ok(self.buffer.get(..n as usize))
     }

@@ -150,3 +150,86 @@ fn first_difference(
     }
     new.keys().find(|place| !old.contains_key(*place)).map(|place| format!("{place} is new"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::build_ebpf::object::reduce;
+
+    fn committed() -> Vec<u8> {
+        std::fs::read(crate::workspace().join("backend/bpf/xdp.o")).unwrap()
+    }
+
+    fn origin(built_by: &str, sources: u64) -> Origin {
+        Origin { built_by: built_by.to_owned(), sources }
+    }
+
+    /// Where a section's bytes are in the file.
+    fn place(file: &[u8], name: &str) -> usize {
+        let object = Object::parse(file).unwrap();
+        object.section(name).unwrap().bytes.as_ptr() as usize - file.as_ptr() as usize
+    }
+
+    #[test]
+    fn an_object_is_itself_whatever_its_debug_information() {
+        let file = committed();
+        assert_eq!(compare(&file, &file).unwrap(), Verdict::Same);
+        let mut other = file.clone();
+        let at = place(&file, ".BTF.ext") + 100;
+        other[at] ^= 1;
+        assert_eq!(compare(&file, &other).unwrap(), Verdict::SameCode);
+        let again = reduce(&file, &origin("another compiler", 1)).unwrap();
+        assert_eq!(compare(&file, &again).unwrap(), Verdict::SameCode);
+        assert!(Object::parse(&file).unwrap().section(".debug_info").unwrap().bytes.is_empty());
+    }
+
+    #[test]
+    fn other_code_is_fine_only_from_the_same_source_by_another_compiler() {
+        let old = reduce(&committed(), &origin("one compiler", 7)).unwrap();
+        let changed = |built_by: &str, sources: u64| {
+            let mut file = reduce(&committed(), &origin(built_by, sources)).unwrap();
+            let at = place(&file, "xdp.frags") + 8;
+            file[at] ^= 1;
+            compare(&old, &file).unwrap()
+        };
+        assert!(
+            matches!(changed("one compiler", 7), Verdict::Differs(why) if why.contains("xdp.frags, line 1"))
+        );
+        assert!(matches!(changed("another", 8), Verdict::Differs(_)));
+        assert!(matches!(changed("another", 7), Verdict::OtherCompiler { .. }));
+    }
+
+    #[test]
+    fn another_licence_or_map_is_never_fine() {
+        let old = reduce(&committed(), &origin("one compiler", 7)).unwrap();
+        let mut file = reduce(&committed(), &origin("another", 7)).unwrap();
+        let at = place(&file, "license");
+        file[at] ^= 1;
+        assert!(matches!(compare(&old, &file).unwrap(), Verdict::Differs(why) if why.starts_with("license")));
+        let maps = btf::maps(Object::parse(&old).unwrap().section(".BTF").unwrap().bytes).unwrap();
+        let find = |name: &str| maps.iter().find(|line| line.starts_with(name)).unwrap();
+        assert_eq!(maps.len(), 6);
+        assert!(find("mac_table").contains("mac@0: [int of 1; 6], vlan@6: int of 2"), "{maps:?}");
+        assert!(find("xdp_config").contains("layout@0: int of 4, pid@4: int of 4, start_time@8: int of 8"));
+    }
+
+    #[test]
+    fn broken_files_are_errors() {
+        let file = committed();
+        for len in (0..file.len()).step_by(97) {
+            assert!(compare(&file, &file[..len]).is_err());
+        }
+        let mut random = 88172645463325252u64;
+        for _ in 0..500 {
+            let mut file = file.clone();
+            for _ in 0..4 {
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                let at = random as usize % file.len();
+                file[at] = (random >> 40) as u8;
+            }
+            let _ = compare(&committed(), &file);
+        }
+    }
+}

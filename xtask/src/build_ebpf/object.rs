@@ -25,7 +25,9 @@ impl Origin {
 
     /// That of an object.
     pub fn of(object: &Object<'_>) -> Option<Self> {
-        let text = std::str::from_utf8(object.section(ORIGIN)?.bytes).ok()?;
+        // The last one: an object may be reduced again.
+        let section = object.sections.iter().rev().find(|section| section.name == ORIGIN)?;
+        let text = std::str::from_utf8(section.bytes).ok()?;
         let (built_by, rest) = text.split_once('\n')?;
         let sources = u64::from_str_radix(rest.trim().strip_prefix("sources ")?, 16).ok()?;
         Some(Self { built_by: built_by.to_owned(), sources })

@@ -27,7 +27,7 @@ const DPDK_DRIVERS: [&str; 5] =
     ["librte-mempool-ring", "librte-bus-vdev", "librte-net-vhost", "librte-net-virtio", "librte-net-tap"];
 
 /// What to install by hand where this command cannot do it.
-const BY_HAND: &str = "iproute2, QEMU >= 8.2 for x86-64 (qemu-system-x86), DPDK's testpmd with the vhost, virtio and tap \
+const BY_HAND: &str = "iproute2, bpftool, QEMU >= 8.2 for x86-64 (qemu-system-x86), DPDK's testpmd with the vhost, virtio and tap \
     drivers (dpdk-dev)";
 
 /// Which parts are wanted.
@@ -47,7 +47,7 @@ pub fn run(parts: Parts) -> Result<Artefacts> {
 
     if let Ok(found) = Artefacts::in_dir(&dir)
         && guest::is_current(&found.initramfs)
-        && (found.testpmd.is_some() || parts == Parts::Guest)
+        && (parts == Parts::Guest || found.testpmd.is_some() && has_bpftool())
     {
         println!("setup: the lab in {} is complete", dir.display());
         return Ok(found);
@@ -62,6 +62,9 @@ pub fn run(parts: Parts) -> Result<Artefacts> {
     })?;
 
     step("iproute2", || ensure_ip(&apt))?;
+    if parts == Parts::All && !has_bpftool() {
+        step("bpftool", || apt.install(&["bpftool"]))?;
+    }
     let (qemu, qemu_data) = step("QEMU", || ensure_qemu(&apt, &dir))?;
     let testpmd = match parts {
         Parts::All => Some(step("DPDK", || ensure_dpdk(&apt))?),
@@ -101,6 +104,10 @@ fn ensure_ip(apt: &Apt) -> Result<()> {
         apt.install(&["iproute2"])?;
     }
     Ok(())
+}
+
+fn has_bpftool() -> bool {
+    lab::find_in_path("bpftool").is_some()
 }
 
 /// Finds or fetches QEMU; returns the program and the folders that `-L` must name.

@@ -6,6 +6,7 @@
 use super::{Answer, Call, Fault, Todo};
 use crate::session::Session;
 use crate::session::error::{Matter, Refusal, SessionError};
+use crate::session::message::RequestId as Id;
 use crate::session::postcopy::{Phase, Step};
 
 /// Asks for a userfaultfd. Comes again for each pair; QEMU keeps the last one, so all are the same.
@@ -70,6 +71,8 @@ pub(in crate::session) fn acknowledged<F: 'static>(
             session.todo.push_back(Todo::Postcopy(Step::Arm));
             Ok(Answer::Ack)
         }
+        // The guest restarts its device, or memory is unplugged: no slot was added, nothing new is to be armed.
+        Phase::Armed if [Id::None as u32, Id::RemMemReg as u32].contains(&call.request) => Ok(Answer::Ack),
         phase => Err(Refusal::PostcopyPhase { phase }.into()),
     }
 }

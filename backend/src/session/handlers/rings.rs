@@ -87,6 +87,9 @@ pub(in crate::session) fn set_vring_kick<F: 'static>(
     session.rings[usize::from(index)].kick = Some(fd);
     session.todo.push_back(Todo::Stop(index));
     session.todo.push_back(Todo::Start(index));
+    if session.cfg.postcopy_resend && session.postcopy.loses_faults(index) {
+        session.todo.push_back(Todo::Simple(Effect::PostcopyWake));
+    }
     Ok(Answer::Ack)
 }
 

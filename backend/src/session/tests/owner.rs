@@ -81,6 +81,7 @@ impl CheckedOwner {
             | Effect::SendRarp(_)
             | Effect::SetBackendChannel(_)
             | Effect::PostcopyArm
+            | Effect::PostcopyWake
             | Effect::Reset => {}
         }
         Outcome::Done
@@ -99,7 +100,7 @@ impl CheckedOwner {
             Effect::PostcopyListen => {
                 assert!(self.userfaultfd && !self.listening, "listening without advice")
             }
-            Effect::PostcopyArm => assert!(self.listening, "armed without listening"),
+            Effect::PostcopyArm | Effect::PostcopyWake => assert!(self.listening, "armed without listening"),
             Effect::PostcopyEnd => assert!(self.userfaultfd, "nothing to end"),
             Effect::PostcopyAdvise => assert!(!self.listening, "advised while listening"),
             Effect::RemMemReg { region } => {

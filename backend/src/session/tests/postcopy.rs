@@ -60,6 +60,19 @@ fn slots_are_answered_one_by_one_and_acknowledged_together() {
     }
 }
 
+/// QEMU acknowledges whenever it starts the device, also when all slots are as they were (0), or fewer (38).
+#[test]
+fn an_acknowledgement_of_nothing_new_arms_nothing_and_is_no_mistake() {
+    let mut lab = listening(false);
+    lab.send(Id::AddMemReg, &slot(1), 1);
+    assert_eq!(acknowledge(&mut lab, Id::AddMemReg), [Effect::PostcopyArm]);
+    for id in [Id::None, Id::RemMemReg] {
+        let steps = lab.send(id, &0u64.to_ne_bytes(), 0);
+        assert!(steps.is_empty(), "{id:?}: {steps:?}");
+        assert_eq!(lab.session.postcopy(), Phase::Armed);
+    }
+}
+
 #[test]
 fn every_pair_says_it_and_only_the_first_counts() {
     let mut lab = listening(false);
@@ -128,8 +141,16 @@ fn orders_that_make_no_sense_are_refused() {
     let mut lab = listening(false);
     lab.send(Id::SetMemTable, &table(&[region(0)]), 1);
     acknowledge(&mut lab, Id::SetMemTable);
+    // QEMU does so after slots that were only removed, and when nothing has changed.
+    for id in [Id::RemMemReg, Id::None] {
+        assert_eq!(lab.send(id, &0u64.to_ne_bytes(), 0), [], "acknowledged again");
+    }
     let again = lab.send(Id::SetMemTable, &0u64.to_ne_bytes(), 0);
-    assert_eq!(refusal(&again), &Refusal::PostcopyPhase { phase: Phase::Armed }, "acknowledged twice");
+    assert_eq!(
+        refusal(&again),
+        &Refusal::PostcopyPhase { phase: Phase::Armed },
+        "a table acknowledged twice"
+    );
     // Advice in the middle: its sender would get a userfaultfd that its faults do not come to.
     let advice = lab.send(Id::PostcopyAdvise, &[], 0);
     assert!(matches!(advice[..], [Step::Close(SessionError::Unanswerable { .. })]), "{advice:?}");
@@ -189,11 +210,35 @@ fn answers_are_sent_again_for_further_pairs() {
             let steps = lab.send(Id::GetStatus, &[], 0);
             assert_eq!(steps.len(), 1, "once a pair: {steps:?}");
         }
-        // The guest restarts its device in mid-migration.
+        // The guest restarts its device in mid-migration: QEMU tells all pairs their table again, but no slot.
         for index in 0..2 {
             lab.send(Id::GetVringBase, &state(index, 0), 0);
         }
         let steps = lab.send(Id::SetFeatures, &features, 0);
         assert!(!steps.iter().any(|step| matches!(step, Step::Send(_))), "{steps:?}");
+        for index in 0..2 {
+            lab.ring_up(index);
+        }
+        let mut steps = lab.send(Id::SetFeatures, &features, 0);
+        if status {
+            steps = lab.send(Id::GetStatus, &[], 0);
+            steps.remove(0);
+        }
+        let again = steps.iter().filter(|step| matches!(step, Step::Send(_))).count();
+        assert_eq!(again, usize::from(!slots), "{steps:?}");
+    }
+}
+
+/// Reports that a further pair of QEMU's had no use for are made again when it has.
+#[test]
+fn faults_are_reported_again_when_a_further_pair_starts() {
+    for resend in [true, false] {
+        let mut lab = listening(resend);
+        lab.send(Id::SetMemTable, &table(&[region(0)]), 1);
+        acknowledge(&mut lab, Id::SetMemTable);
+        for index in 0..4 {
+            let woken = effects(lab.ring_up(index)).contains(&Effect::PostcopyWake);
+            assert_eq!(woken, resend && index >= 2, "ring {index}");
+        }
     }
 }

@@ -122,6 +122,7 @@ fn summary(effect: &Effect<Fd>, out: &mut String) {
         Effect::PostcopyAdvise => write!(out, "advise "),
         Effect::PostcopyListen => write!(out, "listen "),
         Effect::PostcopyArm => write!(out, "arm "),
+        Effect::PostcopyWake => write!(out, "wake "),
         Effect::PostcopyEnd => write!(out, "end "),
     };
 }
@@ -216,7 +217,7 @@ replays! {
     postcopy_qemu10_destination: "postcopy-qemu10-destination" =>
         "advise listen features table1 arm start0@28 start1@34 end stop0 stop1",
     postcopy_two_pairs_qemu10_destination: "postcopy-two-pairs-qemu10-destination" =>
-        "advise advise listen features table1 arm start0@18 start1@24 features start2@6 start3@5 end
+        "advise advise listen features table1 arm start0@18 start1@24 features start2@6 wake start3@5 wake end
          stop0 stop1 stop2 stop3",
     reconnect_qemu10: "reconnect-qemu10" => "features table1 start0@4 start1@4 stop0 stop1",
     qemu_is_server_qemu10: "qemu-is-server-qemu10" => "features table1 start0@0 start1@0",

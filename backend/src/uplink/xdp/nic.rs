@@ -8,9 +8,9 @@
 use super::error::XdpError;
 use super::inbox::{Inbox, Reader};
 use super::interface::Interface;
-use super::nic_queue::{Lane, Made, NicQueue, make_queues};
-use super::program::{Mode, Options, SLOTS_MAX, XdpProgram};
-use super::socket::{Losses, Socket, ZeroCopy};
+use super::nic_queue::{Lane, Made, Members, NicQueue, make_queues};
+use super::program::{Mode, Options, SLOTS_MAX, XdpProgram, unload};
+use super::socket::{Losses, ZeroCopy};
 use super::switch::{Learned, Link, Mac, Rules, Table};
 use super::topology::Topology;
 use super::umem::{LINK_BYTES, MTU_MAX, frame_size};
@@ -98,8 +98,8 @@ pub struct Nic {
     pub mtu: u16,
     program: XdpProgram,
     queues: Vec<Arc<NicQueue>>,
-    /// Sockets by port, NIC queue and place in the steering, with their pairs.
-    sockets: Vec<Vec<Vec<(u32, Arc<Socket>)>>>,
+    /// By port and NIC queue.
+    sockets: Vec<Vec<Members>>,
     table: RwLock<Table>,
     /// Changes of the steering take turns.
     steering: Mutex<()>,
@@ -143,11 +143,36 @@ impl Nic {
             flood: ports.iter().any(|port| port.rules.flood),
             replace: options.replace,
         })?;
+        let was_pinned = program.was_pinned();
+        let built = Self::build(interface, program, topology, size, mtu as u16, options.zero_copy, ports);
+        if built.is_err() && !was_pinned {
+            // Nobody is going to serve what has just been attached.
+            if let Err(error) = unload(name) {
+                tracing::warn!(%error, "the program stays attached");
+            }
+        }
+        built
+    }
+
+    /// Makes all sockets of an interface whose program is attached.
+    fn build(
+        interface: Interface,
+        program: XdpProgram,
+        topology: Topology,
+        frame_size: u32,
+        mtu: u16,
+        zero_copy: ZeroCopy,
+        ports: &[PortOptions],
+    ) -> Result<(Arc<Self>, Vec<Vec<PairParts>>), XdpError> {
+        let call = |step| {
+            let name = interface.name().to_owned();
+            move |error| XdpError::Call(name, step, error)
+        };
         let table = Table::new(ports.iter().map(|port| port.rules).collect());
         for (key, port) in table.addresses() {
             program.set_mac(key, Some(port)).map_err(call("giving a port its address"))?;
         }
-        let Made { queues, sockets, lanes } = make_queues(&interface, &topology, size, options.zero_copy)?;
+        let Made { queues, sockets, lanes } = make_queues(&interface, &topology, frame_size, zero_copy)?;
         let mut states = Vec::new();
         let mut parts = Vec::new();
         let mut lanes = lanes.into_iter();
@@ -172,11 +197,12 @@ impl Nic {
             parts.push(pairs);
         }
         let has_old = program.was_pinned();
+        let forgets = call("forgetting old addresses");
         let nic = Self {
             interface,
             topology,
             ports: states,
-            mtu: mtu as u16,
+            mtu,
             program,
             queues,
             sockets,
@@ -185,7 +211,7 @@ impl Nic {
             gone: AtomicBool::new(false),
             has_old: AtomicBool::new(has_old),
         };
-        nic.forget_old().map_err(call("forgetting old addresses"))?;
+        nic.forget_old().map_err(forgets)?;
         Ok((Arc::new(nic), parts))
     }
 

@@ -88,12 +88,15 @@ pub struct Lane {
     pub tx: Option<(Producer<Descriptor>, u32)>,
 }
 
+/// A port's sockets on a NIC queue in the order of their slots, each with its pair.
+pub type Members = Vec<(u32, Arc<Socket>)>;
+
 /// All of an interface.
 pub struct Made {
     /// In order.
     pub queues: Vec<Arc<NicQueue>>,
-    /// Sockets by port, NIC queue and place in the steering, with their pairs.
-    pub sockets: Vec<Vec<Vec<(u32, Arc<Socket>)>>>,
+    /// By port and NIC queue.
+    pub sockets: Vec<Vec<Members>>,
     /// Of all pairs of all ports, in order.
     pub lanes: Vec<Vec<Lane>>,
 }

@@ -1,7 +1,8 @@
 //! When to wake the kernel's side of a TX ring again. Pure: results in, decisions out.
 //!
-//! In copy mode a wake-up sends a limited number of frames, so it is repeated while frames are left and some were taken.
-//! One that takes none (the device is busy, its link is down) is repeated after a pause, which grows.
+//! In copy mode a wake-up sends a limited number of frames and says so by an error, so it is repeated while frames are left
+//! and some were taken. One that takes none (the device is busy, its link is down) is repeated after a pause, which grows.
+//! Without an error all were taken, or the driver knows that it has to (zero-copy).
 #![forbid(unsafe_code)]
 
 use crate::uplink::Woken;
@@ -60,9 +61,9 @@ impl Pace {
             }
             _ => {}
         }
-        if waiting == 0 || waiting < self.before {
+        if error.is_none() || waiting == 0 || waiting < self.before {
             self.pause = PAUSE_MIN;
-            return Ok(if waiting == 0 { Woken::Done } else { Woken::Again });
+            return Ok(if error.is_none() || waiting == 0 { Woken::Done } else { Woken::Again });
         }
         let pause = self.pause;
         self.pause = (pause * 2).min(PAUSE_MAX);
@@ -94,6 +95,13 @@ mod tests {
         assert!(matches!(pace.after(&Ok(()), 0), Ok(Woken::Done)));
         pace.before(5);
         assert!(matches!(pace.after(&error(libc::EBUSY), 5), Ok(Woken::After(PAUSE_MIN))), "from the start");
+    }
+
+    #[test]
+    fn a_driver_that_was_woken_is_left_alone() {
+        let mut pace = Pace::default();
+        pace.before(64);
+        assert!(matches!(pace.after(&Ok(()), 64), Ok(Woken::Done)));
     }
 
     #[test]

@@ -19,12 +19,15 @@ mod pins;
 #[cfg(test)]
 mod tests;
 
+#[cfg(test)]
+pub(crate) use attach::OBJECT;
 pub use error::ProgramError;
 pub use pins::{Pinned, list, unload};
 
+use crate::bpf::io_error;
 use crate::bpf::sys::Link;
 use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray, XskMap};
-use ebpf_common::xdp::{Config, MacKey, NO_PORT, PORTS_MAX, PortStats, QUEUES_MAX, Stats, Steer};
+use ebpf_common::xdp::{Config, MacKey, NO_PORT, PORTS_MAX, PortStats, QUEUES_MAX, Stats, Steer, VLAN_ANY};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -146,9 +149,14 @@ impl XdpProgram {
     /// # Errors
     /// No such port, or what the kernel says (E2BIG: too many addresses).
     pub fn set_mac(&self, key: MacKey, port: Option<u32>) -> io::Result<()> {
-        let macs = &mut self.maps().macs;
+        if port.is_some_and(|port| port >= self.sizes.ports) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let Maps { config, macs, .. } = &mut *self.maps();
+        if port.is_some() && key.vlan != VLAN_ANY {
+            look_exactly(config)?;
+        }
         match port {
-            Some(port) if port >= self.sizes.ports => Err(io::ErrorKind::InvalidInput.into()),
             Some(port) => macs.insert(key, port, 0).map_err(io_error),
             None => absent_is_fine(macs.remove(&key)),
         }
@@ -213,6 +221,15 @@ impl Options {
     }
 }
 
+/// From now on the program looks for addresses in just the VLAN of a frame, too.
+fn look_exactly(config: &mut Array<MapData, Config>) -> io::Result<()> {
+    let present = config.get(&0, 0).map_err(io_error)?;
+    if present.exact == 0 {
+        config.set(0, Config { exact: 1, ..present }, 0).map_err(io_error)?;
+    }
+    Ok(())
+}
+
 /// Where in a table of `columns` for each of `rows` an entry is.
 fn index(row: u32, rows: u32, column: u32, columns: u32) -> io::Result<u32> {
     if row >= rows || column >= columns {
@@ -226,24 +243,4 @@ fn absent_is_fine(result: Result<(), MapError>) -> io::Result<()> {
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
         other => other,
     }
-}
-
-/// What the kernel said, out of aya's errors.
-fn io_error(error: impl std::error::Error + Send + Sync + 'static) -> io::Error {
-    match os_error(&error) {
-        Some(code) => io::Error::from_raw_os_error(code),
-        None => io::Error::other(error),
-    }
-}
-
-/// The system's error number at the bottom of an error.
-fn os_error(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        if let Some(code) = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
-            return Some(code);
-        }
-        next = error.source();
-    }
-    None
 }

@@ -289,8 +289,8 @@ impl UplinkQueue for XdpQueue {
     }
 
     fn send(&mut self, frame: &[IoVec<'_>]) -> Result<(), SendError> {
-        let mut outcome = Vec::new();
-        self.send_burst(&Burst { buffers: frame, frames: &[0..frame.len()] }, &mut outcome);
+        let (mut outcome, all) = (Vec::new(), 0..frame.len());
+        self.send_burst(&Burst { buffers: frame, frames: std::slice::from_ref(&all) }, &mut outcome);
         outcome.pop().unwrap_or(Err(SendError::Full))
     }
 

@@ -67,7 +67,7 @@ pub fn vun_xdp(frame: XdpContext) -> u32 {
     }
     let ethernet = ethernet(&frame);
     let vlan = if ethernet.is_cut_off { VLAN_ANY } else { ethernet.vlan.unwrap_or(VLAN_NONE) };
-    let Some(port) = port_of(mac, vlan) else {
+    let Some(port) = port_of(config, mac, vlan) else {
         stats.misses += 1;
         return XDP_PASS;
     };
@@ -97,10 +97,10 @@ fn verdict(fate: Fate) -> u32 {
 
 /// The port of an address, as it is written for this VLAN or else for any.
 #[inline(always)]
-fn port_of(mac: [u8; 6], vlan: u16) -> Option<u32> {
+fn port_of(config: &Config, mac: [u8; 6], vlan: u16) -> Option<u32> {
     // SAFETY: the value is copied at once; an entry that is removed meanwhile is memory of the map still.
     unsafe {
-        let exact = mac_table.get(MacKey { mac, vlan }).copied();
+        let exact = if config.exact == 0 { None } else { mac_table.get(MacKey { mac, vlan }).copied() };
         exact.or_else(|| mac_table.get(MacKey { mac, vlan: VLAN_ANY }).copied())
     }
 }

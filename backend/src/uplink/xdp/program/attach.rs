@@ -9,21 +9,21 @@
 //! ```
 #![forbid(unsafe_code)]
 
-use super::pins::{MAPS, Pins, Previous, lock};
-use super::{Maps, Mode, Options, ProgramError, Sizes, XdpProgram, io_error, os_error};
+use super::pins::{MAPS, Pins, Previous, list, lock};
+use super::{Maps, Mode, Options, ProgramError, Sizes, XdpProgram};
 use crate::bpf::netlink::{self, Attached, XDP_FLAGS_DRV_MODE, XDP_FLAGS_SKB_MODE};
 use crate::bpf::sys::Link;
-use crate::bpf::{Owner, ensure_bpf_fs};
+use crate::bpf::{Owner, ensure_bpf_fs, io_error, os_error};
 use aya::maps::{HashMap, Map, MapData, MapError};
 use aya::programs::{Program, ProgramInfo, Xdp, loaded_programs};
 use aya::{Ebpf, EbpfLoader};
 use ebpf_common::LAYOUT;
-use ebpf_common::xdp::{Config, MacKey, NO_PORT, Steer};
+use ebpf_common::xdp::{Config, MacKey, NO_PORT, Steer, VLAN_ANY};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Mutex;
 
-static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../../bpf/xdp.o");
+pub(crate) static OBJECT: &[u8] = aya::include_bytes_aligned!("../../../../bpf/xdp.o");
 pub(super) const PROGRAM: &str = "vun_xdp";
 
 pub(super) fn attach(options: &Options) -> Result<XdpProgram, ProgramError> {
@@ -71,6 +71,18 @@ fn is_on(link: &Link, index: u32, attached: Attached) -> bool {
 /// Takes away somebody else's program, or says whose it is.
 fn make_room(options: &Options, (id, mode, flag): (u32, &'static str, u32)) -> Result<(), ProgramError> {
     let interface = options.interface.clone();
+    let failed = |what, error| ProgramError::call(&interface, what, error);
+    // Ours, if the interface was renamed.
+    if let Some(renamed) = list().into_iter().find(|pinned| pinned.program == Some(id)) {
+        if let Some(owner) = renamed.owner {
+            return Err(ProgramError::Served(interface, owner.pid));
+        }
+        tracing::info!(
+            "xdp:{interface}: what was pinned when it was called {} is removed",
+            renamed.interface
+        );
+        return Pins::of(&renamed.interface).remove().map(drop).map_err(|e| failed("removing old pins", e));
+    }
     let name = loaded_programs().flatten().find(|program| program.id() == id);
     let name = match name.as_ref().and_then(|program| program.name_as_str()) {
         None | Some("") => "without a name".to_owned(),
@@ -80,12 +92,12 @@ fn make_room(options: &Options, (id, mode, flag): (u32, &'static str, u32)) -> R
         return Err(ProgramError::Foreign { interface, id, name, mode });
     }
     tracing::warn!("xdp:{interface}: program {id}, {name}, {mode} mode, is replaced");
-    match Link::of_interface(options.index) {
+    match Link::of_program(id, options.index) {
         Ok(Some(link)) => link.detach(),
         Ok(None) => netlink::detach(options.index, flag),
         Err(error) => Err(error),
     }
-    .map_err(|error| ProgramError::call(&interface, "detaching the other program", error))
+    .map_err(|error| failed("detaching the other program", error))
 }
 
 /// Loads the program and puts it to work.
@@ -111,7 +123,10 @@ fn install(
         maps.copy_addresses(pins);
         Ok(())
     }
-    .and_then(|()| maps.config.set(0, config(options), 0))
+    .and_then(|()| {
+        let config = config(options, &maps);
+        maps.config.set(0, config, 0)
+    })
     .map_err(|error| call("writing maps", io_error(error)))?;
 
     let program: &Xdp = program(&ebpf).map_err(|error| call("opening the program", error))?;
@@ -140,10 +155,11 @@ fn install(
     Ok(XdpProgram { mode, was_pinned: previous.is_some(), maps: Mutex::new(maps), sizes, _link: link })
 }
 
-fn config(options: &Options) -> Config {
+fn config(options: &Options, maps: &Maps) -> Config {
     let Options { queues, ports, slots, flood, .. } = *options;
     let Owner { pid, start_time } = Owner::this();
-    Config { layout: LAYOUT, pid, start_time, queues, ports, slots, flood: flood.into() }
+    let exact = maps.macs.keys().flatten().any(|key| key.vlan != VLAN_ANY);
+    Config { layout: LAYOUT, pid, start_time, queues, ports, slots, flood: flood.into(), exact: exact.into() }
 }
 
 /// Loads the object, with maps of its own or with those that are pinned.

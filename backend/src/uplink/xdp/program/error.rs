@@ -26,7 +26,7 @@ pub enum ProgramError {
     Layout(String, PathBuf, String),
     /// Somebody else's program.
     #[error(
-        "xdp:{interface}: another XDP program is attached: number {id}, {name}, {mode} mode (`bpftool prog show id {id}`); detach it (`ip link set dev {interface} xdp{} off`) or say replace",
+        "xdp:{interface}: another XDP program is attached: number {id}, {name}, {mode} mode (`bpftool prog show id {id}`, `bpftool link show`); detach it (`ip link set dev {interface} xdp{} off`, or stop the process that holds its link), or say replace=on",
         if *mode == "skb" { "generic" } else { "drv" }
     )]
     Foreign {

@@ -1,9 +1,9 @@
 //! What is pinned for an interface: found, judged, listed and removed.
 #![forbid(unsafe_code)]
 
-use super::{ProgramError, Sizes, io_error};
+use super::{ProgramError, Sizes};
 use crate::bpf::sys::{Link, first_entry};
-use crate::bpf::{BPF_FS, Owner, PIN_ROOT, pin_dir};
+use crate::bpf::{BPF_FS, Owner, PIN_ROOT, io_error, pin_dir};
 use aya::Ebpf;
 use aya::maps::{Map, MapData, MapInfo, PerCpuArray};
 use ebpf_common::LAYOUT;
