@@ -1,7 +1,8 @@
 //! vubench: loads and measures any vhost-user network back-end.
 //!
-//! Here: the command line only. `raw` has the bare tap loops, `compare` runs several back-ends against each other on
-//! a tap, `generate` puts frames into one, `postcopy` is a front-end whose memory has not arrived.
+//! Here: the command line only. `tap` and `xdp` run several back-ends against each other, on what is in `compare`; `raw`
+//! and `xsk` have the bare loops, `generate` puts frames into an interface, `postcopy` is a front-end whose memory has not
+//! arrived.
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -16,6 +17,8 @@ mod raw;
 mod report;
 mod tap;
 mod testpmd;
+mod xdp;
+mod xsk;
 
 /// Loads and measures vhost-user network back-ends.
 #[derive(Parser)]
@@ -29,10 +32,14 @@ struct Cli {
 enum Command {
     /// Bare read and write loops on a tap: what the tap itself costs
     TapRaw(raw::Args),
-    /// Put frames into a tap, at a fixed rate or as fast as possible
-    TapGen(generate::Args),
+    /// Put frames into an interface, at a fixed rate or as fast as possible
+    Gen(generate::Args),
     /// Compare back-ends with a tap uplink: ours, DPDK's, and the bare loops
-    Tap(compare::Args),
+    Tap(tap::Args),
+    /// Compare back-ends with an AF_XDP uplink on a veth: ours, DPDK's, and the bare loops
+    Xdp(xdp::Args),
+    /// The bare AF_XDP loop, until it is killed
+    XdpLoop(xsk::Args),
     /// Play QEMU's part in a postcopy migration: how a back-end bears memory that has not arrived
     Postcopy(postcopy::Args),
 }
@@ -40,8 +47,10 @@ enum Command {
 fn main() -> Result<()> {
     match Cli::parse().command {
         Command::TapRaw(args) => raw::run(&args),
-        Command::TapGen(args) => generate::run(&args),
-        Command::Tap(args) => compare::run(&args),
+        Command::Gen(args) => generate::run(&args),
+        Command::Tap(args) => tap::run(&args),
+        Command::Xdp(args) => xdp::run(&args),
+        Command::XdpLoop(args) => xsk::run(&args),
         Command::Postcopy(args) => postcopy::run(&args),
     }
 }

@@ -98,7 +98,7 @@ fn bring(arena: &Arena, phase: Phase) -> Result<Late> {
     kick(&late)?;
     let least = if phase == Phase::RingsMissing { rings.len() } else { IN_FLIGHT };
     let asked = eventually(PATIENCE, || late.collect().is_ok_and(|asked| asked >= least));
-    ensure!(asked, "{:?} pages were asked for\n{}", late.collect(), arena.backend.counters(BAD)?);
+    ensure!(asked, "{:?} pages were asked for\n{}", late.collect(), arena.backend.summary(BAD)?);
     ensure!(late.asked().values().all(|times| *times == 1), "asked twice: {:?}", late.asked());
     let waiting = eventually(PATIENCE, || arena.backend.waiting_for_pages().is_ok_and(|n| n >= least));
     ensure!(waiting, "{} threads wait for pages", arena.backend.waiting_for_pages()?);
@@ -286,10 +286,10 @@ fn a_page_that_never_comes() -> Result<()> {
     let stalled = eventually(PATIENCE, || {
         arena
             .backend
-            .counters(BAD)
+            .summary(BAD)
             .is_ok_and(|line| line.contains("stalled=1.") && line.contains("queue pair 0"))
     });
-    ensure!(stalled, "no stall is shown: {}", arena.backend.counters(BAD)?);
+    ensure!(stalled, "no stall is shown: {}", arena.backend.summary(BAD)?);
     arena.check_good()?;
     let start = Instant::now();
     let bases = [late.stop_ring(0)?, late.stop_ring(1)?];
@@ -298,7 +298,7 @@ fn a_page_that_never_comes() -> Result<()> {
         "{bases:?} after {:?}",
         start.elapsed()
     );
-    let line = arena.backend.counters(BAD)?;
+    let line = arena.backend.summary(BAD)?;
     ensure!(!line.contains("stalled"), "a ring that was stopped stalls: {line}");
     // It starts again where it was, and goes on when the pages come after all.
     late.front.start_rings()?;

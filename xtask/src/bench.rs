@@ -19,6 +19,12 @@ pub struct Options {
 enum What {
     /// A tap uplink: ours, DPDK's net_vhost with net_tap, bare loops; rates, CPU time, idle ports, memory
     Tap(Rest),
+    /// An AF_XDP uplink on a veth: ours, DPDK's net_vhost with net_af_xdp, bare loops; rates, CPU time
+    Xdp(Rest),
+    /// Postcopy: ours and DPDK's back-end while pages come late or never, against the numbers to reach
+    Postcopy(Rest),
+    /// What the fault-latency programs cost: per page fault and per context switch
+    Faults,
     /// Only the bare tap loops: plain, vectored and io_uring
     TapRaw(Rest),
 }
@@ -32,28 +38,48 @@ struct Rest {
 
 /// Builds and measures; false if the measurement failed (it has said why).
 pub fn run(options: &Options) -> Result<bool> {
+    match &options.what {
+        What::Tap(rest) => compare("tap", rest),
+        What::Xdp(rest) => compare("xdp", rest),
+        What::Postcopy(rest) => compare("postcopy", rest),
+        What::Faults => faults(),
+        What::TapRaw(rest) => succeeds(vubench()?.arg("tap-raw").args(&rest.options)),
+    }
+}
+
+/// A comparison of ours with others: our program and where the JSON goes are given, unless the caller says so himself. (A
+/// name given twice is an error.)
+fn compare(what: &str, rest: &Rest) -> Result<bool> {
+    let given = |name: &str| rest.options.iter().any(|o| o == name || o.starts_with(&format!("{name}=")));
+    let mut measure = vubench()?;
+    measure.arg(what);
+    if what == "postcopy" && rest.options.is_empty() {
+        measure.args(["--suite", "--dpdk", "--hugepages", "--rounds", "3"]);
+    }
+    if !given("--backend-bin") {
+        measure.arg("--backend-bin").arg(target_dir().join("release/vhost-user-net"));
+    }
+    if !given("--json") {
+        measure.arg("--json").arg(target_dir().join(format!("bench-{what}.json")));
+    }
+    succeeds(measure.args(&rest.options))
+}
+
+/// The faults themselves are made by an example of the back-end, which the tests use, too.
+fn faults() -> Result<bool> {
+    let mut measure = cargo();
+    measure.args(["run", "--release", "-p", "vhost-user-net", "--example", "fault-latency", "--", "--cost"]);
+    succeeds(&mut measure)
+}
+
+/// `vubench` and our program, built.
+fn vubench() -> Result<Command> {
     let mut build = cargo();
     build.args(["build", "--release", "-p", "vhost-user-net", "-p", "vubench"]);
-    ensure!(build.status().context("running cargo")?.success(), "the build failed");
-    let release = target_dir().join("release");
-    let mut measure = Command::new(release.join("vubench"));
-    match &options.what {
-        What::Tap(rest) => {
-            // A name given twice is an error, so ours come only where the caller gave none.
-            let given =
-                |name: &str| rest.options.iter().any(|o| o == name || o.starts_with(&format!("{name}=")));
-            measure.arg("tap");
-            if !given("--backend-bin") {
-                measure.arg("--backend-bin").arg(release.join("vhost-user-net"));
-            }
-            if !given("--json") {
-                measure.arg("--json").arg(target_dir().join("bench-tap.json"));
-            }
-            measure.args(&rest.options);
-        }
-        What::TapRaw(rest) => {
-            measure.arg("tap-raw").args(&rest.options);
-        }
-    }
-    Ok(measure.status().context("running vubench")?.success())
+    ensure!(succeeds(&mut build)?, "the build failed");
+    Ok(Command::new(target_dir().join("release/vubench")))
+}
+
+fn succeeds(command: &mut Command) -> Result<bool> {
+    Ok(command.status().with_context(|| format!("running {command:?}"))?.success())
 }

@@ -86,6 +86,34 @@ pub unsafe fn scatter(list: &[IoVec<'_>], from: &[u8]) -> usize {
     done
 }
 
+/// Copies two things to the buffers, one behind the other, as [`scatter`] does with one.
+///
+/// # Safety
+/// As for [`scatter`].
+#[inline]
+pub unsafe fn scatter_two(list: &[IoVec<'_>], first: &[u8], second: &[u8]) -> usize {
+    let mut done = 0;
+    for entry in list {
+        let mut room = entry.len();
+        let mut to: *mut u8 = entry.raw.iov_base.cast();
+        let (head, tail) = (first.get(done..).unwrap_or_default(), done.saturating_sub(first.len()));
+        for from in [head, &second[tail..]] {
+            let len = from.len().min(room);
+            // SAFETY: as in `scatter`; `to` and `room` are what is left of the entry.
+            unsafe {
+                copy::bulk_to_guest(from.as_ptr(), to, len);
+                to = to.add(len);
+            }
+            room -= len;
+            done += len;
+        }
+        if done == first.len() + second.len() {
+            break;
+        }
+    }
+    done
+}
+
 impl std::fmt::Debug for IoVec<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "IoVec({} bytes)", self.len())

@@ -34,7 +34,7 @@ mod tests;
 pub use dirty::{DirtyLog, LOG_PAGE_SIZE};
 pub use error::{AccessError, LayoutError, MapError, MissingRange};
 pub use guest::{GuestMemory, MAX_REGIONS};
-pub use iovec::{IOVECS_CAPACITY, IoVec, IoVecStorage, IoVecs, MAX_IOVECS, gather, scatter};
+pub use iovec::{IOVECS_CAPACITY, IoVec, IoVecStorage, IoVecs, MAX_IOVECS, gather, scatter, scatter_two};
 pub use layout::RegionSpec;
 pub use mapping::Mapping;
 pub use residency::ResidencyMap;

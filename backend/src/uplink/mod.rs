@@ -164,6 +164,10 @@ pub trait Uplink: Send + Sync {
 pub trait UplinkQueue: Send {
     /// The descriptors of which one turns readable when a frame waits; always the same.
     fn readable(&self) -> &[Arc<OwnedFd>];
+    /// Whether it wakes whoever listens for each frame, so that a stream of them is better looked at by the clock.
+    fn wakes_often(&self) -> bool {
+        false
+    }
     /// The descriptor that turns writable when there is room again. Without one, [`Self::wake`] and time bring room.
     fn writable(&self) -> Option<&Arc<OwnedFd>> {
         self.readable().first()

@@ -29,7 +29,7 @@ const FAILED_WALK: usize = MAX_CHAIN;
 impl SplitQueue {
     /// The available index of the first chain that nobody has taken.
     pub fn first_waiting(&self) -> u16 {
-        self.next_avail
+        self.next_avail.get()
     }
 
     /// Calls `visit` with what is missing of the ring, or else of the first `chains_max` chains that wait in it, less the
@@ -43,7 +43,7 @@ impl SplitQueue {
         chain: &mut Chain,
         mut visit: impl FnMut(MissingRange, Purpose),
     ) -> u16 {
-        let first = self.next_avail;
+        let first = self.next_avail.get();
         if self.ring.access().is_err() {
             self.ring.for_each_missing(|range| visit(range, Purpose::Ring));
             return first;
@@ -51,7 +51,7 @@ impl SplitQueue {
         if self.refill().is_err() {
             return first;
         }
-        let waiting = self.avail_cached.wrapping_sub(first).min(chains_max);
+        let waiting = self.avail_cached.get().wrapping_sub(first).min(chains_max);
         let Ok(ring) = self.ring.access() else { return first };
         let mut segments = 0;
         for ahead in skip..waiting {

@@ -10,6 +10,7 @@
 //! ```
 
 mod ahead;
+mod arrivals;
 pub mod datapath;
 mod half;
 pub mod pair;
@@ -184,6 +185,8 @@ pub enum What {
     Kick(Direction),
     /// Poll of one of the uplink's descriptors for frames.
     UplinkReadable(u16),
+    /// The time between two looks at an uplink that nobody listens to.
+    UplinkLook,
     /// Poll of the uplink for room.
     UplinkWritable,
     /// Wake-up of the uplink's kernel side.

@@ -4,6 +4,7 @@
 //! each ring (`half`). Nothing sleeps.
 #![forbid(unsafe_code)]
 
+use super::arrivals::{self, Arrivals, Next};
 use super::datapath::Shared;
 use super::half::{Half, Ring};
 use super::wake::Wakes;
@@ -16,6 +17,7 @@ use crate::uplink::UplinkQueue;
 use crate::virtq::{QueueConfig, SplitQueue};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// A queue pair.
 pub struct Pair {
@@ -29,6 +31,9 @@ pub struct Pair {
     /// Frames may wait at the uplink.
     pub(super) uplink_readable: bool,
     uplink_epoch: u32,
+    pub(super) arrivals: Arrivals,
+    /// Nobody listens to the uplink: it is looked at by the clock.
+    looking: bool,
     writable_poll: bool,
     pub(super) wakes: Wakes,
     pub(super) receiver: Receiver,
@@ -54,6 +59,8 @@ impl Pair {
             uplink_polls: Vec::new(),
             uplink_readable: false,
             uplink_epoch: 0,
+            arrivals: Arrivals::default(),
+            looking: false,
             writable_poll: false,
             wakes: Wakes::default(),
             receiver: Receiver::default(),
@@ -88,7 +95,7 @@ impl Pair {
             What::Kick(direction) => self.half_ref(direction).epoch,
             What::Call(direction) => self.half_ref(direction).call.epoch(),
             What::Error(direction) => self.half_ref(direction).error.epoch(),
-            What::UplinkReadable(_) => self.uplink_epoch,
+            What::UplinkReadable(_) | What::UplinkLook => self.uplink_epoch,
             What::UplinkWritable | What::UplinkWake(_) | What::UplinkPause(_) => 0,
         };
         PairToken { slot: self.slot, epoch, what }
@@ -278,11 +285,15 @@ impl Pair {
                 self.uplink_polls.drain(..).flatten().for_each(|op| reactor.cancel(op));
                 // What they still report, their cancellation first of all, means nothing.
                 self.uplink_epoch = self.uplink_epoch.wrapping_add(1);
+                self.looking = false;
                 self.uplink_readable = false;
                 self.counters.rx_dropped_stopped.add(self.uplink.discard());
                 self.wake_uplink(reactor, Direction::Receive);
             }
             _ => {}
+        }
+        if self.looking {
+            return;
         }
         let epoch = self.uplink_epoch;
         for (index, (poll, fd)) in self.uplink_polls.iter_mut().zip(self.uplink.readable()).enumerate() {
@@ -290,6 +301,25 @@ impl Pair {
                 let token = PairToken { slot: self.slot, epoch, what: What::UplinkReadable(index as u16) };
                 *poll = Some(reactor.poll(fd, libc::POLLIN, token.into()));
             }
+        }
+    }
+
+    /// The uplink has no frame more: the next one wakes us, or we look for it in a moment.
+    pub(super) fn uplink_ran_dry<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>) {
+        self.uplink_readable = false;
+        let next = match self.uplink.wakes_often() {
+            true => self.arrivals.ran_dry(Instant::now()),
+            false => Next::Listen,
+        };
+        if next == Next::Pause {
+            if !std::mem::replace(&mut self.looking, true) {
+                self.uplink_polls.iter_mut().filter_map(Option::take).for_each(|op| reactor.cancel(op));
+                self.uplink_epoch = self.uplink_epoch.wrapping_add(1);
+            }
+            reactor.timer(arrivals::PAUSE, self.token(What::UplinkLook).into());
+        } else {
+            self.looking = false;
+            self.watch_uplink(reactor);
         }
     }
 
@@ -348,6 +378,12 @@ impl Pair {
                     }
                     Ok(_) => {}
                 }
+                self.uplink_readable = true;
+                if let Some(ring) = &mut self.rx.ring {
+                    ring.pending = true;
+                }
+            }
+            (What::UplinkLook, _) => {
                 self.uplink_readable = true;
                 if let Some(ring) = &mut self.rx.ring {
                     ring.pending = true;

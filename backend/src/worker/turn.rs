@@ -114,12 +114,12 @@ impl Pair {
                 &self.counters,
                 BURST,
             );
+            self.arrivals.add(used);
             let call = finish_burst(queue, used, &self.counters);
             let outcome = match end {
                 End::Budget => Ok(()),
                 End::Idle => {
-                    self.uplink_readable = false;
-                    self.watch_uplink(reactor);
+                    self.uplink_ran_dry(reactor);
                     Ok(())
                 }
                 End::NoBuffers if ring.kick.is_some() => ring.await_kick(),

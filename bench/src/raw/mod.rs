@@ -3,6 +3,7 @@
 //!
 //! Here: set-up, clocks and the table. The loops themselves are in `plain` and `uring`.
 
+mod device;
 mod plain;
 mod uring;
 
@@ -10,16 +11,16 @@ use std::fs::File;
 use std::time::{Duration, Instant};
 
 use crate::netspace::NetSpace;
-use crate::tap::{TapOptions, VNET_HDR_LEN, open_tap};
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
+use device::{TapOptions, VNET_HDR_LEN, open_tap};
 use lab::wire::{FOREIGN_MAC, Frame, Link};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 use serde::Serialize;
 
-use crate::generate::Generator;
+use crate::generate::{Generator, Source};
 use crate::interrupt;
 use crate::report::{self, Spread};
 
@@ -192,7 +193,7 @@ fn measure(direction: Direction, size: usize, engine: Engine) -> Result<Sample> 
     if prefill > 0 {
         // The kernel frees the queue's places in batches.
         link.set_queue_len(prefill as u32 + 64)?;
-        Generator::open(&link, size)?.fill(prefill)?;
+        Generator::open(&link, Source::Packet, size)?.fill(prefill)?;
     }
     let before = link.counters()?;
     let (start, cpu_start) = (Instant::now(), cpu_now()?);

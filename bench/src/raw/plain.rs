@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 
-use crate::tap::VNET_HDR_LEN;
+use super::device::VNET_HDR_LEN;
 use anyhow::{Context, Result, ensure};
 use nix::poll::{PollFd, PollFlags, poll};
 

@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, Ordering};
 
-use crate::tap::VNET_HDR_LEN;
+use super::device::VNET_HDR_LEN;
 use anyhow::{Context, Result, bail, ensure};
 use io_uring::types::{BufRingEntry, Fixed};
 use io_uring::{IoUring, cqueue, opcode, squeue};

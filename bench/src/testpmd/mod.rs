@@ -16,7 +16,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-pub use stats::PortStats;
+pub use stats::{ForwardStats, PortStats};
 
 use crate::procstat;
 
@@ -223,6 +223,22 @@ impl Testpmd {
     /// Sets the size of frames that `txonly` and `flowgen` make, in bytes without FCS.
     pub fn set_frame_size(&mut self, bytes: usize) -> Result<()> {
         self.command(&format!("set txpkts {bytes}")).map(drop)
+    }
+
+    /// Has forwarding count its polls and the clock cycles of those that found packets.
+    pub fn record_polls(&mut self) -> Result<()> {
+        self.command("set record-core-cycles on")?;
+        self.command("set record-burst-stats on").map(drop)
+    }
+
+    /// Forgets what [`forward_stats`](Self::forward_stats) has counted.
+    pub fn clear_forward_stats(&mut self) -> Result<()> {
+        self.command("clear fwd stats all").map(drop)
+    }
+
+    /// What forwarding has done since it was started or its counters were cleared.
+    pub fn forward_stats(&mut self) -> Result<ForwardStats> {
+        stats::parse_forward(&self.command("show fwd stats all")?)
     }
 
     /// Counters of a port since its start.

@@ -200,7 +200,7 @@ impl Backend {
     }
 
     /// Asks for the counters, and waits for a port's line.
-    fn summary(&self, port: &str) -> Result<String> {
+    pub fn summary(&self, port: &str) -> Result<String> {
         let answers = || {
             let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
             let mut lines = log.iter().filter(|line| is_asked_for(line) && line.contains(port));
@@ -219,14 +219,6 @@ impl Backend {
         let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
         let mut lines = log.iter().filter(|line| line.contains(port) && !is_asked_for(line));
         lines.any(|line| line.contains("WARN") || line.contains("ERROR") || counted_against(line) > 0)
-    }
-
-    /// The last answer to SIGUSR1 about a port.
-    pub fn counters(&self, port: &str) -> Result<String> {
-        self.complaints(port)?;
-        let log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut lines = log.iter().filter(|line| is_asked_for(line) && line.contains(port));
-        lines.next_back().cloned().context("counters")
     }
 
     fn id(&self) -> Pid {

@@ -84,8 +84,19 @@ pub struct Lane {
     pub socket: Arc<Socket>,
     /// What it receives.
     pub rx: Consumer<Descriptor>,
-    /// What it sends, and whose frames those are; only where it sends.
-    pub tx: Option<(Producer<Descriptor>, u32)>,
+    /// Its way out; only where it sends.
+    pub tx: Option<Sender>,
+}
+
+/// What a pair sends through: a socket of its own that is never polled. While a socket is, the kernel goes through its
+/// waiters for every frame that has been sent, in vain, which costs about an eighth of sending it.
+pub struct Sender {
+    /// The socket.
+    pub socket: Socket,
+    /// What it sends.
+    pub ring: Producer<Descriptor>,
+    /// Whose frames those are.
+    pub owner: u32,
 }
 
 /// A port's sockets on a NIC queue in the order of their slots, each with its pair.
@@ -158,8 +169,11 @@ pub fn make_queues(
             let socket = Socket::new().map_err(failed)?;
             let rx = socket.receive_ring(rx_ring, &umem).map_err(failed)?;
             let tx = if topology.sends_on(port, pair) == number {
+                let socket = Socket::new().map_err(failed)?;
+                let ring = socket.send_ring(tx_frames.next_power_of_two(), &umem).map_err(failed)?;
+                socket.bind_shared(interface.index(), number, &queue.first).map_err(failed)?;
                 sender += 1;
-                Some((socket.send_ring(tx_frames.next_power_of_two(), &umem).map_err(failed)?, sender - 1))
+                Some(Sender { socket, ring, owner: sender - 1 })
             } else {
                 None
             };

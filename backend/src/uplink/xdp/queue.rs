@@ -10,12 +10,12 @@
 use super::checksum;
 use super::inbox::Reader;
 use super::nic::{Nic, PairParts, PortState};
-use super::nic_queue::{BURST, Lane};
+use super::nic_queue::{BURST, Lane, Sender};
 use super::pace::Pace;
 use super::socket::descriptor;
 use super::switch::{Learned, Link, Mac, Route, may_send};
 use super::umem::{HEADROOM, LINK_BYTES, Umem};
-use crate::memory::{IoVec, gather, scatter};
+use crate::memory::{IoVec, gather, scatter, scatter_two};
 use crate::net::counters::PairCounters;
 use crate::net::header::{HDR_LEN, VirtioNetHdr};
 use crate::uplink::{Burst, ReceiveError, SendError, UplinkQueue, Woken};
@@ -33,6 +33,9 @@ const INBOX_TURN: u32 = BURST;
 const FLOOD_TURN: u32 = 32;
 /// Source addresses that the queue knows to be the port's, for a quick look.
 const KNOWN: usize = 4;
+
+/// Nothing is left to be done about a received frame.
+const NO_HEADER: [u8; HDR_LEN] = [0; HDR_LEN];
 
 /// A frame that local ports get.
 struct Local {
@@ -114,12 +117,11 @@ impl XdpQueue {
     /// Gets free frames, sent ones first.
     fn restock(&mut self, want: usize) {
         let lane = &self.lanes[self.sends];
-        let Some((_, sender)) = lane.tx else { return };
+        let Some(Sender { owner, .. }) = lane.tx else { return };
         let mut rings = lane.queue.rings();
-        if rings.frames.free(sender) < want {
-            rings.reap(&lane.queue.umem);
-        }
-        rings.frames.take(sender, want.saturating_sub(self.stash.len()), &mut self.stash);
+        // Always, so that the few frames that were used last are used again: they are in the cache.
+        rings.reap(&lane.queue.umem);
+        rings.frames.take(owner, want.saturating_sub(self.stash.len()), &mut self.stash);
     }
 
     /// Copies a frame into `frame` and decides where it goes. Its length comes with the decision.
@@ -130,21 +132,24 @@ impl XdpQueue {
         frame: u32,
         header_len: usize,
     ) -> Result<(Route, usize, Link), SendError> {
-        let total: usize = buffers.iter().map(IoVec::len).sum();
-        let len = total.saturating_sub(header_len);
-        if total < header_len || len > usize::from(self.nic.mtu) + LINK_BYTES {
+        let mut header = NO_HEADER;
+        let Some((first, rest)) = buffers.split_first().filter(|(first, _)| first.len() == header_len) else {
+            return Err(too_long());
+        };
+        gather(std::slice::from_ref(first), &mut header);
+        let len: usize = rest.iter().map(IoVec::len).sum();
+        if len > usize::from(self.nic.mtu) + LINK_BYTES {
             return Err(too_long());
         }
         // SAFETY: the frame is from our stash: neither the kernel nor anybody else has it.
         let bytes = unsafe { self.umem().bytes(frame) };
-        let bytes = &mut bytes[HEADROOM - header_len..HEADROOM + len];
-        gather(buffers, bytes);
-        let (header, data) = bytes.split_at_mut(header_len);
+        let data = &mut bytes[HEADROOM..HEADROOM + len];
+        gather(rest, data);
         let link = Link::of(data).ok_or_else(too_long)?;
         if len > usize::from(self.nic.mtu) + 14 + 4 * link.tags {
             return Err(too_long());
         }
-        let header = VirtioNetHdr::parse(header);
+        let header = VirtioNetHdr::parse(&header);
         if u32::from(header.flags) & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0
             && !checksum::complete(data, header.csum_start.get().into(), header.csum_offset.get().into())
         {
@@ -275,6 +280,11 @@ impl UplinkQueue for XdpQueue {
         &self.readable
     }
 
+    /// In copy mode the kernel wakes for each frame that a virtual interface delivers.
+    fn wakes_often(&self) -> bool {
+        true
+    }
+
     /// A TX ring is writable as soon as it is half empty, whether frames are free or not: [`Self::wake`] tells more.
     fn writable(&self) -> Option<&Arc<OwnedFd>> {
         None
@@ -325,7 +335,7 @@ impl UplinkQueue for XdpQueue {
                 if matches!(route, Route::Wire | Route::Both) {
                     let lane = &mut self.lanes[self.sends];
                     let address = lane.queue.umem.address(frame, HEADROOM);
-                    if let Some((ring, _)) = &mut lane.tx {
+                    if let Some(Sender { ring, .. }) = &mut lane.tx {
                         let pushed = ring.push(descriptor(address, len as u32));
                         debug_assert!(pushed, "the TX ring has room for all frames of its socket");
                         sent = true;
@@ -338,7 +348,7 @@ impl UplinkQueue for XdpQueue {
         if !self.local.is_empty() {
             self.deliver_local();
         }
-        if let Some((ring, _)) = self.lanes[self.sends].tx.as_mut().filter(|_| sent) {
+        if let Some(Sender { ring, .. }) = self.lanes[self.sends].tx.as_mut().filter(|_| sent) {
             ring.publish();
         }
         if let Some(source) = to_learn {
@@ -357,11 +367,10 @@ impl UplinkQueue for XdpQueue {
                 self.recycle[usize::from(lane)].push(frame);
                 // SAFETY: the frame came off our RX ring and is not in FILL yet: it is ours.
                 let bytes = unsafe { umem.bytes(frame) };
-                let start = offset.saturating_sub(header_len);
-                let Some(bytes) = bytes.get_mut(start..offset + len as usize) else { continue };
-                bytes[..header_len].fill(0);
+                let Some(data) = bytes.get(offset..offset + len as usize) else { continue };
+                // Not put in front of the data, in a line that is in no cache: a load over both would wait for it.
                 // SAFETY: buffers to be received into may be written (the trait's contract).
-                return Ok(unsafe { scatter(buffers, bytes) });
+                return Ok(unsafe { scatter_two(buffers, &NO_HEADER[..header_len], data) });
             }
             if self.inbox_turn > 0
                 && let Some(bytes) = self.inbox.front(header_len)
@@ -407,18 +416,18 @@ impl UplinkQueue for XdpQueue {
             return Some(self.lanes[lane].socket.fd());
         }
         let lane = &mut self.lanes[self.sends];
-        let (ring, _) = lane.tx.as_mut()?;
+        let Sender { ring, socket, .. } = lane.tx.as_mut()?;
         let waiting = ring.waiting();
         self.pace.before(waiting);
         let wanted = self.pace.link_is_down() || (waiting > 0 && ring.needs_wakeup());
-        wanted.then(|| lane.socket.fd())
+        wanted.then(|| socket.fd())
     }
 
     fn woken(&mut self, direction: Direction, result: &io::Result<()>) -> Woken {
         if direction == Direction::Receive {
             return Woken::Done;
         }
-        let waiting = self.lanes[self.sends].tx.as_mut().map_or(0, |(ring, _)| ring.waiting());
+        let waiting = self.lanes[self.sends].tx.as_mut().map_or(0, |tx| tx.ring.waiting());
         match self.pace.after(result, waiting) {
             Ok(woken) => woken,
             Err(_) => self.gone().map_or_else(Woken::Down, |()| Woken::Done),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   first socket of a NIC queue   UMEM, FILL, COMPLETION, RX     bind(flags)
-//!   each further one              RX, TX where it sends          bind(XDP_SHARED_UMEM, first)
+//!   each further one              RX or TX                       bind(XDP_SHARED_UMEM, first)
 //! ```
 //! Order matters: memory and rings before bind, and the first socket before the others. Ring mappings are undone with the
 //! ring's end, before the socket: a queue stays busy as long as one is left. Minimum kernel: Linux 5.10 for shared UMEM.

@@ -11,9 +11,14 @@ use crate::testpmd::{Memory, Testpmd, TestpmdConfig};
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
-use super::{BACKEND_CPU, MEMORY_MIB, OTHER_CPU};
+use crate::compare::{self, BACKEND_CPU, MEMORY_MIB, OTHER_CPU, word};
 use crate::interrupt;
+use crate::report;
 
+/// To reach: resident memory of one port besides guest memory, in KiB.
+const RESIDENT_KIB_MAX: u64 = 12 * 1024;
+/// "No measurable CPU": so many µs per second, for all ports together.
+const IDLE_CPU_US_PER_S_MAX: f64 = 10.0;
 /// Ports in the idle row.
 const PORTS: usize = 16;
 const START_TIMEOUT: Duration = Duration::from_secs(10);
@@ -36,6 +41,33 @@ pub struct Idle {
     pub one_port_shared_kib: u64,
     /// Resident memory of the process with all ports, KiB.
     pub all_ports_resident_kib: u64,
+}
+
+impl Idle {
+    /// For people.
+    pub fn text(&self) -> String {
+        let quiet = self.wakeups == 0 && self.cpu_us / self.seconds <= IDLE_CPU_US_PER_S_MAX;
+        let small = self.one_port_resident_kib <= RESIDENT_KIB_MAX;
+        let rows = [
+            vec![
+                format!("{} idle ports, {:.0} s", self.ports, self.seconds),
+                format!("{} wake-ups, {:.0} us CPU", self.wakeups, self.cpu_us),
+                "0 wake-ups, no measurable CPU".into(),
+                word(quiet).into(),
+            ],
+            vec![
+                "resident memory, one port".into(),
+                format!(
+                    "{:.1} MiB (+ {} KiB shared)",
+                    self.one_port_resident_kib as f64 / 1024.0,
+                    self.one_port_shared_kib
+                ),
+                format!("<= {} MiB", RESIDENT_KIB_MAX / 1024),
+                word(small).into(),
+            ],
+        ];
+        format!("\n{}", report::table(&["what", "ours", "to reach", "verdict"], &rows))
+    }
 }
 
 /// Ends the process when dropped.
@@ -105,7 +137,7 @@ fn one_port(program: &Path, folder: &Path) -> Result<Resident> {
     let mut command = Command::new(program);
     command.arg("--socket-path").arg(&socket).args(["--uplink", "tap:one0", "--log", "warn"]);
     let backend = start(command, std::slice::from_ref(&socket))?;
-    let frontend = super::start_frontend(&socket)?;
+    let frontend = compare::start_frontend(&socket, "")?;
     interrupt::sleep(SETTLE)?;
     let resident = procstat::resident(backend.0.id())?;
     drop(frontend);

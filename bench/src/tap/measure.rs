@@ -9,8 +9,8 @@ use crate::testpmd::Testpmd;
 use anyhow::{Result, ensure};
 use lab::wire::Link;
 
-use super::sides::BackEnd;
-use crate::generate::Generator;
+use crate::compare::{BackEnd, Cell};
+use crate::generate::{Generator, Source};
 use crate::interrupt;
 
 /// Pause between two looks at the tap's counters while it is drained. A look takes some 20 µs of the front-end's CPU.
@@ -24,21 +24,8 @@ const DRY: Duration = Duration::from_millis(100);
 /// How long a front-end may take to count the last packets.
 const SETTLE: Duration = Duration::from_millis(50);
 
-/// One number of packets per time, and what it cost.
-#[derive(Clone, Copy, Debug)]
-pub struct Reading {
-    /// Packets that reached the other end, millions per second.
-    pub mpps: f64,
-    /// CPU time of the back-end per packet, ns.
-    pub cpu_ns: f64,
-    /// CPU time of the back-end per time.
-    pub cpu_share: f64,
-    /// Share of the packets that the back-end took and the front-end did not get.
-    pub lost: f64,
-}
-
 /// Guest to tap: how many packets the tap gets while the front-end (or the loop itself) sends all it can.
-pub fn writing(backend: &BackEnd, link: &Link, window: Duration) -> Result<Reading> {
+pub fn writing(backend: &BackEnd, link: &Link, window: Duration) -> Result<Cell> {
     let (start, before, cpu_before) =
         (Instant::now(), link.counters()?, procstat::cpu_time_ns(backend.pid())?);
     interrupt::sleep(window)?;
@@ -56,8 +43,8 @@ pub fn draining(
     size: usize,
     prefill: u64,
     mut frontend: Option<&mut Testpmd>,
-) -> Result<Reading> {
-    let generator = Generator::open(link, size)?;
+) -> Result<Cell> {
+    let mut generator = Generator::open(link, Source::Packet, size)?;
     run_dry(link)?;
     backend.pause()?;
     let delivered_before = delivered(&mut frontend)?;
@@ -103,8 +90,8 @@ pub fn at_rate(
     pps: u64,
     window: Duration,
     mut frontend: Option<&mut Testpmd>,
-) -> Result<Reading> {
-    let generator = Generator::open(link, size)?;
+) -> Result<Cell> {
+    let mut generator = Generator::open(link, Source::Packet, size)?;
     run_dry(link)?;
     let delivered_before = delivered(&mut frontend)?;
     let before = link.counters()?;
@@ -140,12 +127,6 @@ fn delivered(frontend: &mut Option<&mut Testpmd>) -> Result<u64> {
     }
 }
 
-fn reading(packets: u64, wall: Duration, cpu_ns: u64, lost: f64) -> Reading {
-    let got = packets as f64 * (1.0 - lost.max(0.0));
-    Reading {
-        mpps: got / wall.as_secs_f64() / 1e6,
-        cpu_ns: cpu_ns as f64 / got,
-        cpu_share: cpu_ns as f64 / wall.as_nanos() as f64,
-        lost,
-    }
+fn reading(packets: u64, wall: Duration, cpu_ns: u64, lost: f64) -> Cell {
+    Cell::of(packets as f64 * (1.0 - lost.max(0.0)), wall, cpu_ns, lost)
 }
