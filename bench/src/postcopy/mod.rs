@@ -75,6 +75,7 @@ const HUGEPAGES: u64 = 128;
 const GUEST_HUGEPAGES: u64 = 140;
 /// Buffers per ring entry where the ring is stopped often: the stall must last.
 const STOP_BUFFERS: u64 = 16;
+const SUITE_ROUNDS: usize = 3;
 /// How long a stall is watched beside a second port at a fixed rate, ms.
 const WATCH_MS: u64 = 3000;
 /// Stops come within so many times the latency: as long as DPDK holds a queue for one burst.
@@ -158,9 +159,9 @@ pub struct Args {
     /// Give up waiting for the packets after so many seconds
     #[arg(long, default_value_t = 60)]
     limit_s: u64,
-    /// Rounds; the sides take turns in each
-    #[arg(long, default_value_t = 1)]
-    rounds: usize,
+    /// Rounds; the sides take turns in each [default: 1, with --suite 3]
+    #[arg(long)]
+    rounds: Option<usize>,
     /// Write the JSON report here
     #[arg(long)]
     json: Option<PathBuf>,
@@ -311,16 +312,17 @@ pub fn run(args: &Args) -> Result<()> {
     let guests = if args.memory == Backing::Hugetlb { GUEST_HUGEPAGES } else { 0 };
     let _pages = if huge + guests > 0 { Some(HugePages::reserve(huge + guests)?) } else { None };
     let mut report = Report::default();
+    let rounds = args.rounds.unwrap_or(if args.suite { SUITE_ROUNDS } else { 1 });
     for case in args.cases() {
         let (label, link) = (label(&case), case.link);
-        for round in 0..args.rounds {
+        for round in 0..rounds {
             for i in 0..sides.len() {
                 let side = &sides[(i + round) % sides.len()];
                 if let Some(why) = side.objection(case.direction, case.second) {
                     report.note(format!("{} was left out of {label}: {why}", side.name()));
                     continue;
                 }
-                eprintln!("{label}: round {}/{}: {}", round + 1, args.rounds, side.name());
+                eprintln!("{label}: round {}/{}: {}", round + 1, rounds, side.name());
                 let case = suite::at_side(&case, if args.suite { side.name() } else { "" });
                 let outcome = one(side, &case);
                 interrupt::check()?;
