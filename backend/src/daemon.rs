@@ -355,6 +355,7 @@ fn serve(
         }
         busy = datapath.round(reactor);
         busy |= exchange(reactor, datapath, control, crew);
+        busy |= control.populate(reactor);
         if control.ended() {
             return Ok(());
         }

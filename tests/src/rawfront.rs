@@ -8,6 +8,7 @@
 //! Not here: QEMU and DPDK, which have runners of their own.
 
 mod arena;
+mod confined;
 mod faults;
 mod front;
 mod fuse;
@@ -17,6 +18,7 @@ mod ring;
 mod wire;
 
 pub use arena::{Arena, BAD, GOOD};
+pub use confined::Confinement;
 pub use faults::Faults;
 pub use front::{Front, Setup, mem_reg, mem_table, protocol, state, test_frame, virtio, vring_addr};
 pub use fuse::SilentFuse;

@@ -214,10 +214,11 @@ fn slots_come_and_go_while_armed() -> Result<()> {
     kick(&late)?;
     wait_for_asked(&mut late, 128)?;
     let more = Memory::memfd(8 * MIB)?;
-    let slot = |n: u64| [(n + 1) << 32, MIB, (n + 1) << 40, (n % 8) * MIB];
+    let slot = |n: u64| [(n + 1) << 32, MIB, (n + 1) << 36, (n % 8) * MIB];
     for n in 0..128 {
         late.front.wire.tell(msg::ADD_MEM_REG, &mem_reg(slot(n)), &[more.fd()])?;
-        let reply = late.front.wire.reply_to(msg::ADD_MEM_REG).with_context(|| format!("slot {n}"))?;
+        let here = || format!("slot {n}\n{}", arena.backend.log_text());
+        let reply = late.front.wire.reply_to(msg::ADD_MEM_REG).with_context(here)?;
         ensure!(reply.payload.len() == 40, "slot {n}: an answer of {} bytes", reply.payload.len());
     }
     // One acknowledgement for all; until then nothing new is asked for.
@@ -296,11 +297,13 @@ fn a_memory_file_that_shrinks_while_pages_are_awaited() -> Result<()> {
             late.faults.as_ref().context("userfaultfd")?.wake(base, late.front.memory.size)?;
         } else {
             late.acknowledge()?;
-            late.front.start_rings()?;
-            kick(&late)?;
+            // It may be closed before the last message.
+            let _ = late.front.start_rings().and_then(|()| kick(&late));
         }
         let closed = late.front.wire.is_closed_within(PATIENCE);
         ensure!(closed, "the port goes on without memory\n{}", arena.backend.log_text());
+        // Threads that have waited go to rest first.
+        std::thread::sleep(Duration::from_millis(300));
         let switches = arena.backend.wakeups()?;
         std::thread::sleep(Duration::from_millis(100));
         let switches = arena.backend.wakeups()? - switches;
@@ -343,8 +346,12 @@ fn memory_of_the_wrong_kind() -> Result<()> {
             late.front.wire.tell(request, &payload, &[file.as_raw_fd()])?;
             let reply = late.front.wire.reply_to(request)?;
             ensure!(reply.payload.is_empty(), "{case}: accepted");
-            let log = arena.backend.log_text();
-            ensure!(log.contains(BAD) && log.contains("memory region at 0x0") && log.contains(why), "{log}");
+            // The log's reader may lag behind.
+            let said = eventually(PATIENCE, || {
+                let log = arena.backend.log_text();
+                log.contains(BAD) && log.contains("memory region at 0x0") && log.contains(why)
+            });
+            ensure!(said, "{case}: no reason is given\n{}", arena.backend.log_text());
             // It may try again with something better.
             late.tell_memory()?;
             late.hang_up();

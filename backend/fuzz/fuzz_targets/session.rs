@@ -8,6 +8,8 @@
 //!   bit 6    the owner is slow: the first effect is outstanding until the next read
 //!   bit 7    the header asks for a reply
 //! ```
+//! The first byte chooses whether features are agreed on before (bit 0), and whether tables are sent again in postcopy
+//! (bit 1).
 //! What has to hold: no panic; the owner is told nothing that makes no sense (it checks); replies are well formed and
 //! no more than there were messages; what is kept is bounded; every fd is given back.
 #![no_main]
@@ -32,6 +34,8 @@ mod api {
 use owner::CheckedOwner;
 
 const FEATURES: u64 = 1 << 32 | 1 << 15 | virtio_feature::PROTOCOL_FEATURES | virtio_feature::LOG_ALL;
+/// Slots offered.
+const MEM_SLOTS: u8 = 4;
 /// Numbers from 0 to here are put into headers: all known ones and a few unknown.
 const REQUESTS: u8 = 48;
 
@@ -47,6 +51,8 @@ struct Lab {
     /// The effect that a slow owner has, and whether it will refuse it.
     held: Option<(Effect<Rc<()>>, bool)>,
     closed: bool,
+    /// Tables are sent again for further queue pairs.
+    resend: bool,
 }
 
 impl Lab {
@@ -58,6 +64,10 @@ impl Lab {
         while let Some(step) = self.session.step() {
             assert!(!self.closed, "a step after the last one: {step:?}");
             match step {
+                Step::SendUserfaultfd(bytes) => {
+                    assert!(self.owner.userfaultfd, "a userfaultfd is sent that nobody has made");
+                    assert_eq!(bytes.len(), HEADER_BYTES);
+                }
                 Step::Send(bytes) => {
                     let word = |at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap());
                     assert_eq!((word(4), word(8) as usize), (5, bytes.len() - HEADER_BYTES));
@@ -83,7 +93,9 @@ impl Lab {
     fn check(&self) {
         let session = &self.session;
         assert!(session.buffered() <= BUFFER_BYTES_MAX);
-        assert!(session.stats().replies <= session.stats().messages);
+        // A table that came in slots is sent again slot by slot.
+        let sent_again = if self.resend { u64::from(MEM_SLOTS) } else { 1 };
+        assert!(session.stats().replies <= sent_again.saturating_add(1) * session.stats().messages);
         assert!(!(self.closed && session.wants_input()));
         if !self.closed && self.held.is_none() {
             assert_eq!(session.regions(), self.owner.regions);
@@ -93,17 +105,19 @@ impl Lab {
 }
 
 fuzz_target!(|input: &[u8]| {
+    let Some((&start, mut input)) = input.split_first() else { return };
+    let resend = start & 2 != 0;
     let session = Session::new(SessionConfig {
         features: FEATURES,
         protocol_features: u64::MAX,
         queue_pairs: 2,
-        max_mem_slots: 4,
+        max_mem_slots: MEM_SLOTS.into(),
         config_space: ConfigSpace::new(vec![7; 12]),
         mtu_max: 9000,
+        postcopy_resend: resend,
     });
-    let mut lab = Lab { session, owner: CheckedOwner::new(4), held: None, closed: false };
+    let mut lab = Lab { session, owner: CheckedOwner::new(4), held: None, closed: false, resend };
     let fd = Rc::new(());
-    let Some((&start, mut input)) = input.split_first() else { return };
     if start & 1 != 0 {
         let agree = [
             message(16, 1, &protocol_feature::IMPLEMENTED.to_ne_bytes()),

@@ -30,6 +30,8 @@ pub struct Control {
     pub(super) commands: Vec<(PairKey, Command)>,
     ended: bool,
     pub(super) engine: Engine,
+    /// There may be something to ask for.
+    pub(super) populates_due: bool,
     /// Given-up regions with populates under way.
     pub(super) retiring: Vec<Retiring>,
 }
@@ -45,6 +47,7 @@ impl Control {
             commands: Vec::new(),
             ended: false,
             engine: Engine::default(),
+            populates_due: false,
             retiring: Vec::new(),
         }
     }

@@ -30,14 +30,23 @@ pub struct Awaited {
     pub scanned: Arc<AtomicU64>,
 }
 
+/// What a ring waits for.
+#[derive(Clone, Copy)]
+pub(crate) struct Waiting {
+    pub(crate) range: MissingRange,
+    pub(crate) since: Instant,
+    /// It is parked: nothing moves before that has come. Otherwise it only cannot be looked at in advance.
+    pub(crate) parked: bool,
+}
+
 /// What a port keeps for postcopy.
 #[derive(Default)]
 pub(crate) struct Postcopy {
     pub(crate) uffd: Option<Arc<Userfaultfd>>,
     /// Regions of the memory in use, registered with the userfaultfd.
     pub(crate) regions: Vec<Awaited>,
-    /// Rings that are parked: what each waits for, and since when.
-    pub(crate) parked: HashMap<(u16, bool), (MissingRange, Instant)>,
+    /// Rings that wait, by queue pair and whether it is the one for receiving.
+    pub(crate) waiting: HashMap<(u16, bool), Waiting>,
     pub(crate) armed: bool,
     /// END has come: nothing is asked for any more.
     pub(crate) ending: bool,
@@ -202,7 +211,7 @@ impl Port {
 
     /// A ring does not wait any more: it was stopped.
     pub(crate) fn unpark(&mut self, pair: u16, direction: Direction) {
-        self.postcopy.parked.remove(&(pair, direction == Direction::Receive));
+        self.postcopy.waiting.remove(&(pair, direction == Direction::Receive));
     }
 
     /// The process ends and no ring is looked at any more: what populates wait for must not become zeros when the
@@ -267,9 +276,9 @@ impl Port {
 
     /// The ring that has waited longest: for what, and how long.
     pub(crate) fn longest_stall(&self) -> Option<(u16, MissingRange, Duration)> {
-        let oldest = self.postcopy.parked.iter().min_by_key(|(_, (_, since))| *since)?;
-        let ((pair, _), (range, since)) = oldest;
-        Some((*pair, *range, since.elapsed()))
+        let parked = self.postcopy.waiting.iter().filter(|(_, waiting)| waiting.parked);
+        let ((pair, _), oldest) = parked.min_by_key(|(_, waiting)| waiting.since)?;
+        Some((*pair, oldest.range, oldest.since.elapsed()))
     }
 }
 

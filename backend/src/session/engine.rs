@@ -9,7 +9,7 @@ use super::Session;
 use super::effect::{Effect, Outcome, Step};
 use super::error::{Matter, Notice, Refusal, SessionError};
 use super::framing::Frame;
-use super::handlers::{Answer, Call, Fault, Todo};
+use super::handlers::{Answer, Call, Fault, Todo, postcopy as postcopy_handlers};
 use super::message::{FLAG_NEED_REPLY, LogArea, VringState, encode_reply, encode_u64, protocol_feature};
 use super::postcopy;
 use super::state::{LogState, RingAddresses};
@@ -74,7 +74,7 @@ impl<F: 'static> Session<F> {
         self.stats.messages += 1;
         let need_reply = header.flags & FLAG_NEED_REPLY != 0;
         let Some(row) = Self::row(header.request) else {
-            return self.refuse(header.request, "message", need_reply, Refusal::Unknown);
+            return self.refuse(header.request, "message", need_reply, Answer::Ack, Refusal::Unknown);
         };
         let wants_ack = need_reply && self.has_ack();
         let mut call = Call { request: header.request, name: row.name, payload, fds, wants_ack };
@@ -104,14 +104,17 @@ impl<F: 'static> Session<F> {
                 self.stats.count_refusal(&why);
                 self.close(SessionError::Unanswerable { name: call.name, why });
             }
-            Err(Fault::Refuse(why)) => self.refuse(call.request, call.name, need_reply, why),
+            Err(Fault::Refuse(why)) => {
+                let answer = postcopy_handlers::answer_to_refused(self, &call);
+                self.refuse(call.request, call.name, need_reply, answer, why);
+            }
         }
     }
 
     /// Refuse a message; the connection goes on.
-    fn refuse(&mut self, request: u32, name: &'static str, need_reply: bool, why: Refusal) {
+    fn refuse(&mut self, request: u32, name: &'static str, need_reply: bool, answer: Answer, why: Refusal) {
         self.refused(request, name, why);
-        self.work = Some(Work { request, name, need_reply, answer: Answer::Ack, refused: true });
+        self.work = Some(Work { request, name, need_reply, answer, refused: true });
     }
 
     /// Count and report a refusal.

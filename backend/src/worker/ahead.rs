@@ -57,18 +57,22 @@ impl Pair {
             let Some(ring) = half.ring.as_mut().filter(|ring| ring.look_ahead) else { continue };
             ring.look_ahead = false;
             let parked = ring.parked;
+            let blind = &mut ring.blind;
+            *blind = false;
             // What nothing moves without goes first.
             let mut ranges: Vec<_> = parked.map(|range| (range, Purpose::Buffer)).into_iter().collect();
             let skip = ring.told.skip(ring.queue.first_waiting());
             let until =
                 ring.queue.look_ahead(memory, skip, CHAINS_AHEAD, &mut shared.ahead, |range, purpose| {
+                    *blind |= purpose != Purpose::Buffer;
                     if Some(range) == parked {
                         ranges[0].1 = purpose;
                     } else if ranges.len() < RANGES_MAX {
                         ranges.push((range, purpose));
                     }
                 });
-            ring.told.until = until;
+            // What lies behind a table that is missing was not seen.
+            ring.told = if *blind { Told::default() } else { Told { until, ..ring.told } };
             if !ranges.is_empty() {
                 let event = Event::Wants { direction, parked, ranges };
                 shared.outbox.push(ToControl::Event(self.key(), event));

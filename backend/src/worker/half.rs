@@ -27,6 +27,8 @@ pub(super) struct Ring {
     pub(super) look_ahead: bool,
     /// How far that was done.
     pub(super) told: Told,
+    /// The last look ended before the chains, since the ring or a table has not arrived (postcopy).
+    pub(super) blind: bool,
 }
 
 impl Ring {

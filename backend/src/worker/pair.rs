@@ -159,8 +159,10 @@ impl Pair {
             }
             Command::Arrived => {
                 for half in [&mut self.rx, &mut self.tx] {
-                    if let Some(ring) = half.ring.as_mut().filter(|ring| ring.parked.is_some()) {
-                        ring.go_on();
+                    match &mut half.ring {
+                        Some(ring) if ring.parked.is_some() => ring.go_on(),
+                        Some(ring) => ring.look_ahead |= ring.blind,
+                        None => {}
                     }
                 }
             }
@@ -232,6 +234,7 @@ impl Pair {
             parked: None,
             look_ahead: true,
             told: Default::default(),
+            blind: false,
         });
         self.rearm_kick(reactor, direction);
         self.uplink_down &= direction == Direction::Transmit;

@@ -1,7 +1,7 @@
 //! The back-end as a process: started, watched from outside (log, fds, memory), and ended.
 #![forbid(unsafe_code)]
 
-use super::PATIENCE;
+use super::{Confinement, PATIENCE};
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -51,11 +51,20 @@ impl Backend {
 
     /// Starts a back-end with a configuration file; `@` stands for a fresh folder.
     pub fn with_config(config: &str) -> Result<Self> {
+        Self::with_rights(config, None)
+    }
+
+    /// As [`Self::with_config`], with fewer rights than the test has. Needs root.
+    pub fn confined(config: &str, confinement: Confinement) -> Result<Self> {
+        Self::with_rights(config, Some(confinement))
+    }
+
+    fn with_rights(config: &str, confinement: Option<Confinement>) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("vun-").tempdir()?;
         let file = folder.path().join("ports.toml");
         std::fs::write(&file, config.replace('@', &folder.path().display().to_string()))?;
         let args = ["--config".into(), file.display().to_string()];
-        Self::start(folder, &args)
+        Self::start(folder, &args, confinement)
     }
 
     /// Starts a back-end with options; `@` stands for a fresh folder.
@@ -63,12 +72,15 @@ impl Backend {
         let folder = tempfile::Builder::new().prefix("vun-").tempdir()?;
         let place = folder.path().display().to_string();
         let args: Vec<String> = options.iter().map(|o| o.replace('@', &place)).collect();
-        Self::start(folder, &args)
+        Self::start(folder, &args, None)
     }
 
-    fn start(folder: tempfile::TempDir, args: &[String]) -> Result<Self> {
+    fn start(folder: tempfile::TempDir, args: &[String], confinement: Option<Confinement>) -> Result<Self> {
         let program = crate::backend_binary()?;
-        let mut command = Command::new(&program);
+        let mut command = match confinement {
+            None => Command::new(&program),
+            Some(confinement) => confinement.command(&program, folder.path())?,
+        };
         command.args(args).env_remove("RUST_LOG").stdin(Stdio::null()).stderr(Stdio::piped());
         // By this very thread: the child gets its network namespace.
         let starting = STARTING.lock().unwrap_or_else(PoisonError::into_inner);

@@ -55,6 +55,15 @@ pub(in crate::session) fn is_acknowledgement<F: 'static>(session: &Session<F>, c
     session.postcopy.is_on() && call.payload.len() == size_of::<u64>() && call.fds.is_empty()
 }
 
+/// How a message is answered that is not obeyed: the sender of memory waits for an answer in postcopy, whatever it says.
+pub(in crate::session) fn answer_to_refused<F: 'static>(session: &Session<F>, call: &Call<F>) -> Answer {
+    let memory = [Id::SetMemTable, Id::AddMemReg].iter().any(|id| *id as u32 == call.request);
+    match memory && !is_acknowledgement(session, call) {
+        true => session.postcopy.answer_to_memory(),
+        false => Answer::Ack,
+    }
+}
+
 /// The front-end has taken our addresses in. QEMU says it by the number of the last memory message: SET_MEM_TABLE,
 /// ADD_MEM_REG, REM_MEM_REG, or 0 if no slot has changed. It waits for no answer.
 pub(in crate::session) fn acknowledged<F: 'static>(

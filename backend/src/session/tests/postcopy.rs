@@ -160,6 +160,24 @@ fn orders_that_make_no_sense_are_refused() {
     assert!(matches!(bad[..], [Step::Close(SessionError::Disagreement { .. })]), "{bad:?}");
 }
 
+/// In postcopy the sender of memory reads an answer, also if it asked for no acknowledgement: an empty one tells it.
+#[test]
+fn memory_that_is_malformed_is_answered_too() {
+    let mut lab = listening(false);
+    lab.send(Id::AddMemReg, &slot(0), 1);
+    let cases: [(Id, Vec<u8>, u32); 4] = [
+        (Id::AddMemReg, slot(0), 1),
+        (Id::AddMemReg, slot(5), 0),
+        (Id::SetMemTable, table(&[region(1)]), 0),
+        (Id::SetMemTable, vec![0; 9], 0),
+    ];
+    for (id, payload, fds) in cases {
+        let steps = lab.send(id, &payload, fds);
+        let empty = crate::session::message::encode_reply(id as u32, &[]);
+        assert!(steps.contains(&Step::Send(empty)), "{id:?} {fds}: {steps:?}");
+    }
+}
+
 #[test]
 fn without_pagefault_none_of_it_is_obeyed() {
     let mut lab = Lab::with(config());
