@@ -27,7 +27,7 @@ const FAILED_PAUSE: Duration = Duration::from_millis(10);
 
 /// Populates that go to the kernel in one turn of the loop. Each wakes an io-wq thread, which takes the loop's CPU at once if it
 /// has no other (some 5 us with its fault): 256 of them would keep the loop from all else for 2 ms.
-const POPULATES_PER_TURN: usize = 16;
+const POPULATES_PER_TURN: usize = 32;
 
 /// Regions that were given up, with what must live until their populates have ended.
 pub(super) struct Retiring {

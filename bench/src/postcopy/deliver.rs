@@ -96,7 +96,7 @@ impl Deliverer {
         let shared = Arc::new(Shared::default());
         let theirs = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("deliver".into()).spawn(move || {
-            sleeper::prefer_me();
+            sleeper::prefer_me(sleeper::Rank::Deliver);
             let loop_ = Loop { guest, client, schedule, findings, shared: theirs, start: Instant::now() };
             loop_.run()
         })?;

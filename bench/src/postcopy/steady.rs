@@ -125,7 +125,7 @@ impl Neighbour {
             per_second,
         };
         let thread = std::thread::Builder::new().name("steady".into()).spawn(move || {
-            sleeper::prefer_me();
+            sleeper::prefer_me(sleeper::Rank::Send);
             sender.run()
         })?;
         let it = Self { shared, thread: Some(thread), _session: session };
