@@ -365,6 +365,7 @@ fn serve(
         busy = datapath.round(reactor);
         busy |= exchange(reactor, datapath, control, crew);
         busy |= control.hear_stalls();
+        busy |= control.populate(reactor);
         if control.ended() {
             return Ok(());
         }

@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand};
 
-use crate::{cargo, postcopy_qemu, target_dir};
+use crate::{cargo, packet_cost, postcopy_qemu, target_dir};
 
 /// What `cargo xtask bench` takes.
 #[derive(Args)]
@@ -21,6 +21,10 @@ enum What {
     Tap(Rest),
     /// An AF_XDP uplink on a veth: ours, DPDK's net_vhost with net_af_xdp, bare loops; rates, CPU time
     Xdp(Rest),
+    /// Postcopy: ours and DPDK's back-end while pages come late or never, against the numbers to reach
+    Postcopy(Rest),
+    /// Instructions per packet outside postcopy, against those before there was postcopy; needs valgrind
+    PacketCost(packet_cost::Options),
     /// What the fault-latency programs cost: per page fault and per context switch
     Faults,
     /// Only the bare tap loops: plain, vectored and io_uring
@@ -41,6 +45,8 @@ pub fn run(options: &Options) -> Result<bool> {
     match &options.what {
         What::Tap(rest) => compare("tap", rest),
         What::Xdp(rest) => compare("xdp", rest),
+        What::Postcopy(rest) => compare("postcopy", rest),
+        What::PacketCost(options) => packet_cost::run(options),
         What::Faults => faults(),
         What::PostcopyQemu(options) => postcopy_qemu(options),
         What::TapRaw(rest) => succeeds(vubench()?.arg("tap-raw").args(&rest.options)),
@@ -53,6 +59,10 @@ fn compare(what: &str, rest: &Rest) -> Result<bool> {
     let given = |name: &str| rest.options.iter().any(|o| o == name || o.starts_with(&format!("{name}=")));
     let mut measure = vubench()?;
     measure.arg(what);
+    if what == "postcopy" {
+        let all = ["--suite", "--dpdk", "--hugepages"];
+        measure.args(all.into_iter().filter(|name| !given(name)));
+    }
     if !given("--backend-bin") {
         measure.arg("--backend-bin").arg(target_dir().join("release/vhost-user-net"));
     }

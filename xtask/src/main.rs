@@ -8,6 +8,7 @@ mod bench;
 mod build_ebpf;
 mod demo;
 mod fuzz;
+mod packet_cost;
 mod postcopy_qemu;
 mod setup;
 mod suite;

@@ -79,7 +79,7 @@ impl Areas {
 
 /// The pages of a range as prefixes: the fewest there are.
 pub fn prefixes(addresses: Range<u64>) -> impl Iterator<Item = Prefix> {
-    let end = addresses.end.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX & !(PAGE - 1));
+    let end = addresses.end.checked_next_multiple_of(PAGE).unwrap_or(!(PAGE - 1));
     let mut start = addresses.start & !(PAGE - 1);
     std::iter::from_fn(move || {
         let left = end.checked_sub(start).filter(|left| *left > 0)?;

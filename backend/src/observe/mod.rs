@@ -26,4 +26,4 @@ pub mod trace;
 mod trim;
 
 pub use error::Unavailable;
-pub use observer::{Answer, Handle, Observer, Settings};
+pub use observer::{Answer, Armed, Handle, Observer, Settings};

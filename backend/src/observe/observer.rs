@@ -76,14 +76,21 @@ impl Handle {
         self.send(Order::Note { address, area });
     }
 
-    /// A migration begins in which memory may be missing: measure whatever it costs.
-    pub fn arm(&self) {
+    /// A migration begins in which memory may be missing: stalls are measured, whatever it costs, until what is returned
+    /// goes.
+    #[must_use]
+    pub fn arm(&self) -> Armed {
         self.send(Order::Arm(true));
+        Armed(self.clone())
     }
+}
 
-    /// It is over.
-    pub fn disarm(&self) {
-        self.send(Order::Arm(false));
+/// A migration is under way; see [`Handle::arm`].
+pub struct Armed(Handle);
+
+impl Drop for Armed {
+    fn drop(&mut self) {
+        self.0.send(Order::Arm(false));
     }
 }
 
@@ -168,13 +175,16 @@ fn run(settings: &Settings, inbox: &Receiver<Order>, reports: &Reports) {
     }
     reports.send(Answer::Mode(programs.mode()));
     let mut areas = Areas::default();
+    // Migrations under way: several ports may have one each.
+    let mut migrations = 0_usize;
     for order in inbox {
         let done = match order {
             Order::Worker { tid, index } => programs.set_thread(tid, index),
             Order::Areas { port, spans } => programs.change_areas(&areas.set(port, &spans)),
             Order::Note { address, area } => programs.note(address, area),
             Order::Arm(on) => {
-                let on = on || settings.latency == FaultLatency::On;
+                migrations = if on { migrations + 1 } else { migrations.saturating_sub(1) };
+                let on = migrations > 0 || settings.latency == FaultLatency::On;
                 match if on { programs.arm() } else { programs.disarm() } {
                     Ok(()) => reports.send(Answer::Mode(programs.mode())),
                     Err(error) => reports.send(Answer::Nothing(error)),

@@ -46,7 +46,8 @@ pub fn look(dir: &Path) -> io::Result<Option<Found>> {
     let path = dir.join(META);
     match fs::symlink_metadata(&path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        other => drop(other?),
+        Err(error) => return Err(error),
+        Ok(_) => {}
     }
     let map = MapData::from_pin(&path).map_err(io_error)?;
     let meta = Array::<_, Meta>::try_from(Map::Array(map)).and_then(|map| map.get(&0, 0));

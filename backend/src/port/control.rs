@@ -33,6 +33,8 @@ pub struct Control {
     pub(super) observation: Observation,
     ended: bool,
     pub(super) engine: Engine,
+    /// There may be something to ask for.
+    pub(super) populates_due: bool,
     /// Given-up regions with populates under way.
     pub(super) retiring: Vec<Retiring>,
 }
@@ -52,6 +54,7 @@ impl Control {
             observation: Observation::new(observer),
             ended: false,
             engine: Engine::default(),
+            populates_due: false,
             retiring: Vec::new(),
         }
     }
@@ -389,15 +392,15 @@ impl Control {
         for (port, answer) in answers {
             let id = usize::from(port);
             let port = &mut self.ports[id];
-            if let JobDone::Scanned(more) = answer {
-                self.scanned(reactor, id, more);
+            if let JobDone::Scanned(more, took) = answer {
+                self.scanned(reactor, id, more, took);
                 continue;
             }
             port.plan.waiting = port.plan.waiting.saturating_sub(1);
             match answer {
                 JobDone::Mapped(result) => port.mapped(result, &mut self.engine),
                 JobDone::Advised(result) => port.advised(result),
-                JobDone::Scanned(_) => {}
+                JobDone::Scanned(..) => {}
                 JobDone::LogMapped(result) => port.log_mapped(result),
                 JobDone::Aside(Err(why)) => port.warn(&why),
                 JobDone::Ended(Err(why)) if port.plan.vital => port.lose_memory(&why, &mut self.engine),

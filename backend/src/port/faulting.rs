@@ -11,6 +11,7 @@ use crate::postcopy::engine::{Completed, RegionId};
 use crate::reactor::Reactor;
 use crate::virtq::Purpose;
 use crate::worker::{Command, Direction, PairKey};
+use ebpf_common::faults::{Area, kind};
 use std::any::Any;
 use std::io;
 use std::sync::atomic::Ordering;
@@ -18,10 +19,16 @@ use std::time::{Duration, Instant};
 
 /// How long END waits for populates under way. The front-end waits with it; pages that have been placed need no time.
 pub(super) const DRAIN_PATIENCE: Duration = Duration::from_secs(2);
-/// The pause between scans for pages that came by themselves, while a ring waits.
+/// The pause between scans for pages that came by themselves, while a ring waits: so long at least.
 const SCAN_PAUSE: Duration = Duration::from_millis(20);
+/// And so many times what the last one took: the thread that looks may have no other CPU than the loop's.
+const SCAN_PAUSE_TIMES: u32 = 30;
 /// The pause before rings look again after a populate failed for lack of memory or the like.
 const FAILED_PAUSE: Duration = Duration::from_millis(10);
+
+/// Populates that go to the kernel in one turn of the loop. Each wakes an io-wq thread, which takes the loop's CPU at once if it
+/// has no other (some 5 us with its fault): 256 of them would keep the loop from all else for 2 ms.
+const POPULATES_PER_TURN: usize = 32;
 
 /// Regions that were given up, with what must live until their populates have ended.
 pub(super) struct Retiring {
@@ -52,19 +59,24 @@ impl Control {
             let since = since.map_or_else(Instant::now, |waiting| waiting.since);
             port.postcopy.waiting.insert(ring, Waiting { range, since, parked: parked.is_some() });
         }
-        for (range, _purpose) in ranges {
+        for (range, purpose) in ranges {
             let Some((mapping, offset)) = port.memory.locate(range.gpa) else { continue };
             let mapping = &port.memory.mappings()[mapping];
             let region =
                 port.postcopy.regions.iter().find(|region| std::sync::Arc::ptr_eq(&region.mapping, mapping));
             if let Some(region) = region {
+                // Rings and buffers are told by their addresses; a table may lie anywhere.
+                if *purpose == Purpose::IndirectTable && port.observer.is_on() {
+                    let area = Area { port: port.id.into(), kind: kind::INDIRECT_TABLE };
+                    port.observer.note(mapping.host_addr() + offset, Some(area));
+                }
                 self.engine.want(region.id, offset..offset + range.len, Some(*range) == parked);
             }
         }
         // It may have arrived since the ring looked.
         self.arrivals(usize::from(key.port));
         self.scan_later(reactor, usize::from(key.port));
-        self.populate(reactor);
+        self.populates_due = true;
     }
 
     /// Pages of a port may be asked for from now on.
@@ -76,16 +88,22 @@ impl Control {
         // What has come already need not be asked for, and what is asked for meanwhile costs little if it has.
         self.scan_all(id);
         self.arrivals(id);
-        self.populate(reactor);
+        self.populates_due = true;
     }
 
-    /// Hands out what may be asked for.
-    pub(super) fn populate<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>) {
-        while let Some(populate) = self.engine.next() {
+    /// Hands out what may be asked for, once in a turn of the loop. True if there is more: the next turn is due at once.
+    pub fn populate<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>) -> bool {
+        if !std::mem::take(&mut self.populates_due) {
+            return false;
+        }
+        for _ in 0..POPULATES_PER_TURN {
+            let Some(populate) = self.engine.next_populate() else { return false };
             self.ports[usize::from(populate.port)].postcopy.pages_asked += 1;
             let token = ControlToken::Populate { region: populate.region.0, page: populate.page };
             reactor.populate(populate.addr, populate.len, token.into());
         }
+        self.populates_due = true;
+        true
     }
 
     /// A populate has ended.
@@ -105,7 +123,7 @@ impl Control {
                 self.not_populated(reactor, usize::from(port), error);
             }
         }
-        self.populate(reactor);
+        self.populates_due = true;
         self.drained(reactor);
     }
 
@@ -205,7 +223,8 @@ impl Control {
         let postcopy = &mut self.ports[id].postcopy;
         if postcopy.armed && !postcopy.scanning && !postcopy.waiting.is_empty() {
             postcopy.scanning = true;
-            reactor.timer(SCAN_PAUSE, token.into());
+            let pause = SCAN_PAUSE.max(postcopy.scan_took * SCAN_PAUSE_TIMES);
+            reactor.timer(pause, token.into());
         }
     }
 
@@ -220,7 +239,9 @@ impl Control {
 
     /// Looks through all regions.
     fn scan_all(&mut self, id: usize) {
-        for region in &self.ports[id].postcopy.regions {
+        let postcopy = &mut self.ports[id].postcopy;
+        postcopy.scan_took = Duration::ZERO;
+        for region in &postcopy.regions {
             region.scanned.store(0, Ordering::Relaxed);
         }
         self.scan_on(id);
@@ -240,8 +261,11 @@ impl Control {
         reactor: &mut Reactor<T>,
         id: usize,
         more: bool,
+        took: Duration,
     ) {
-        self.ports[id].postcopy.scanning = false;
+        let postcopy = &mut self.ports[id].postcopy;
+        postcopy.scanning = false;
+        postcopy.scan_took += took;
         self.arrivals(id);
         if more {
             self.scan_on(id);

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
 
 /// Something that may sleep.
 pub enum Job {
@@ -69,8 +70,8 @@ pub enum JobDone {
     Mapped(Result<Vec<Arc<Mapping>>, String>),
     /// A userfaultfd, or why there is none.
     Advised(Result<Arc<Userfaultfd>, String>),
-    /// A look for pages that came by themselves has ended; true: it did not get to the end.
-    Scanned(bool),
+    /// A look for pages that came by themselves has ended: whether it got to the end (false) or not, and how long it took.
+    Scanned(bool, Duration),
     /// The log is mapped, or why not.
     LogMapped(Result<Arc<DirtyLog>, String>),
     /// Something ended that the front-end need not learn of (steering, memory that went), or why it did not.
@@ -112,9 +113,7 @@ impl Helper {
         let (scans, looks) = channel::<(u16, Vec<Awaited>)>();
         let scan = Builder::new().name("page-scan".into()).spawn(move || {
             for (port, regions) in looks {
-                let more = regions.iter().fold(false, |more, region| more | scan_some(region));
-                drop(regions);
-                scanner.give(port, JobDone::Scanned(more));
+                scanner.give(port, scan(regions));
             }
         })?;
         // Unmapping 64 GiB takes a while, and nobody waits for it: it must not hold up another port's jobs.
@@ -195,6 +194,12 @@ impl Answers {
     }
 }
 
+fn scan(regions: Vec<Awaited>) -> JobDone {
+    let start = Instant::now();
+    let more = regions.iter().fold(false, |more, region| more | scan_some(region));
+    JobDone::Scanned(more, start.elapsed())
+}
+
 /// Looks on where the last look at this region ended. True if it did not get to the end of the region.
 fn scan_some(region: &Awaited) -> bool {
     let from = region.scanned.load(Ordering::Relaxed);
@@ -234,9 +239,7 @@ fn perform(job: Job) -> Option<JobDone> {
                 .map_err(|error| format!("postcopy: {error}")),
         ),
         // Normally on its own thread.
-        Job::Scan(regions) => {
-            JobDone::Scanned(regions.iter().fold(false, |more, region| more | scan_some(region)))
-        }
+        Job::Scan(regions) => scan(regions),
         Job::Unregister(uffd, mappings) => JobDone::Ended(
             mappings
                 .iter()
@@ -244,12 +247,13 @@ fn perform(job: Job) -> Option<JobDone> {
                 .map_err(|error| format!("postcopy: {error}")),
         ),
         // One that cannot be given up stays as it is, and with it what waits for its pages; the others go.
-        Job::GiveUp(uffd, mappings) => JobDone::Aside(
-            mappings
-                .iter()
-                .filter_map(|mapping| uffd.as_ref().and_then(|uffd| uffd.give_up(mapping).err()))
-                .fold(Ok(()), |_, error| Err(format!("postcopy: memory cannot be given up: {error}"))),
-        ),
+        Job::GiveUp(uffd, mappings) => {
+            let mut done = Ok(());
+            for error in mappings.iter().filter_map(|mapping| uffd.as_ref()?.give_up(mapping).err()) {
+                done = Err(format!("postcopy: memory cannot be given up: {error}"));
+            }
+            JobDone::Aside(done)
+        }
         Job::Wake(uffd, mappings) => {
             for mapping in mappings {
                 if let Err(error) = uffd.wake(&mapping) {

@@ -8,6 +8,7 @@ use super::Port;
 use super::helper::Job;
 use super::plan::{Purpose, Step, release};
 use crate::memory::{GuestMemory, Mapping, MissingRange, ResidencyMap};
+use crate::observe::Armed;
 use crate::postcopy::engine::{Engine, RegionId};
 use crate::postcopy::uffd::Userfaultfd;
 use crate::session::Outcome;
@@ -15,7 +16,7 @@ use crate::worker::{Command, Direction};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// A region whose pages are awaited.
 #[derive(Clone)]
@@ -56,7 +57,11 @@ pub(crate) struct Postcopy {
     pub(crate) looks_again: bool,
     /// A scan for pages that came by themselves is under way or due.
     pub(crate) scanning: bool,
+    /// How long the last one took, all pieces together.
+    pub(crate) scan_took: Duration,
     advised: Option<Instant>,
+    /// Stalls are measured.
+    _observed: Option<Armed>,
     pub(crate) pages_asked: u64,
     pub(crate) pages_failed: u64,
 }
@@ -73,8 +78,12 @@ impl Port {
     pub(crate) fn advised(&mut self, result: Result<Arc<Userfaultfd>, String>) {
         match result {
             Ok(uffd) if self.plan.purpose == Purpose::Effect => {
-                self.postcopy =
-                    Postcopy { uffd: Some(uffd), advised: Some(Instant::now()), ..Postcopy::default() };
+                self.postcopy = Postcopy {
+                    uffd: Some(uffd),
+                    advised: Some(Instant::now()),
+                    _observed: Some(self.observer.arm()),
+                    ..Postcopy::default()
+                };
                 self.note(&"postcopy: advised");
             }
             // Closing it takes the lock of the whole address space.
@@ -273,7 +282,7 @@ impl Port {
     }
 
     /// The ring that has waited longest: for what, and how long.
-    pub(crate) fn longest_stall(&self) -> Option<(u16, MissingRange, std::time::Duration)> {
+    pub(crate) fn longest_stall(&self) -> Option<(u16, MissingRange, Duration)> {
         let parked = self.postcopy.waiting.iter().filter(|(_, waiting)| waiting.parked);
         let ((pair, _), oldest) = parked.min_by_key(|(_, waiting)| waiting.since)?;
         Some((*pair, oldest.range, oldest.since.elapsed()))

@@ -175,7 +175,7 @@ impl Engine {
     }
 
     /// The next page to be asked for. None: there is none, or too many are under way.
-    pub fn next(&mut self) -> Option<Populate> {
+    pub fn next_populate(&mut self) -> Option<Populate> {
         let quota = self.quota();
         let ports = self.ports.len();
         for _ in 0..ports {

@@ -15,7 +15,7 @@ fn region(engine: &mut Engine, port: u16, pages: u64) -> (RegionId, Arc<Residenc
 }
 
 fn drain(engine: &mut Engine) -> Vec<Populate> {
-    std::iter::from_fn(|| engine.next()).collect()
+    std::iter::from_fn(|| engine.next_populate()).collect()
 }
 
 #[test]
@@ -28,7 +28,7 @@ fn a_page_is_asked_for_once() {
     let asked: Vec<u64> = drain(&mut engine).iter().map(|populate| populate.page).collect();
     assert_eq!(asked, [0, 1, 2, 4, 5, 6]);
     engine.want(id, 0..7 * PAGE, false);
-    assert_eq!(engine.next(), None);
+    assert_eq!(engine.next_populate(), None);
     assert_eq!(engine.completed(id, 2, true), Completed::Arrived { port: 0 });
     assert_eq!(map.first_missing(2 * PAGE..3 * PAGE), None);
     assert_eq!(engine.completed(id, 4, false), Completed::Failed { port: 0 });
@@ -52,7 +52,7 @@ fn nothing_is_asked_for_before_the_port_is_armed() {
     let (id, _map) = region(&mut engine, 0, 10);
     engine.arm(0, false);
     engine.want(id, 0..10 * PAGE, false);
-    assert_eq!(engine.next(), None);
+    assert_eq!(engine.next_populate(), None);
     engine.arm(0, true);
     assert_eq!(drain(&mut engine).len(), 10);
 }
@@ -86,7 +86,7 @@ fn a_region_that_is_given_up_is_forgotten_when_it_is_quiet() {
     let asked = drain(&mut engine);
     assert!(engine.queued(0) > 0);
     engine.give_up(id);
-    assert_eq!((engine.queued(0), engine.next()), (0, None));
+    assert_eq!((engine.queued(0), engine.next_populate()), (0, None));
     for (n, populate) in asked.iter().enumerate() {
         engine.remove(id);
         assert!(!engine.is_quiet(id), "{n}");
@@ -95,7 +95,7 @@ fn a_region_that_is_given_up_is_forgotten_when_it_is_quiet() {
     assert!(engine.is_quiet(id));
     engine.remove(id);
     engine.want(id, 0..PAGE, false);
-    assert_eq!((engine.next(), engine.in_flight(0)), (None, 0));
+    assert_eq!((engine.next_populate(), engine.in_flight(0)), (None, 0));
 }
 
 /// Ports that were there first took the most that one may have, and stand still: each later one still moves.
@@ -122,9 +122,9 @@ fn what_a_ring_stands_still_for_goes_first() {
     assert_eq!(engine.queued(0), QUEUE_MAX);
     let far = 2 * QUEUE_MAX as u64 - 2;
     engine.want(id, far * PAGE..(far + 2) * PAGE, true);
-    assert_eq!(engine.next().map(|populate| populate.page), Some(far));
-    assert_eq!(engine.next().map(|populate| populate.page), Some(far + 1));
-    assert_eq!(engine.next().map(|populate| populate.page), Some(0));
+    assert_eq!(engine.next_populate().map(|populate| populate.page), Some(far));
+    assert_eq!(engine.next_populate().map(|populate| populate.page), Some(far + 1));
+    assert_eq!(engine.next_populate().map(|populate| populate.page), Some(0));
 }
 
 #[test]
@@ -132,9 +132,9 @@ fn a_queue_that_was_dropped_can_be_filled_again() {
     let mut engine = Engine::default();
     let (id, _map) = region(&mut engine, 0, 100);
     engine.want(id, 0..50 * PAGE, false);
-    assert_eq!(engine.next().map(|populate| populate.page), Some(0));
+    assert_eq!(engine.next_populate().map(|populate| populate.page), Some(0));
     engine.drop_queue(0);
-    assert_eq!((engine.queued(0), engine.next()), (0, None));
+    assert_eq!((engine.queued(0), engine.next_populate()), (0, None));
     engine.want(id, 0..50 * PAGE, false);
     assert_eq!(drain(&mut engine).len(), 49, "the first is under way still");
 }
@@ -172,7 +172,7 @@ proptest! {
         for op in ops {
             match op {
                 Op::Want(n, page, count) => engine.want(regions[n].0, page * PAGE..(page + count) * PAGE, false),
-                Op::Next => if let Some(populate) = engine.next() {
+                Op::Next => if let Some(populate) = engine.next_populate() {
                     let n = regions.iter().position(|(id, _)| *id == populate.region).unwrap();
                     prop_assert!(!given_up[n] && populate.page < 200);
                     prop_assert!(regions[n].1.first_missing(populate.page * PAGE..populate.page * PAGE + 1).is_some());

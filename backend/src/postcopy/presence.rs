@@ -28,6 +28,11 @@ pub fn scan(mapping: &Mapping, map: &ResidencyMap, from: u64) -> Option<u64> {
         // What is known to be there need not be looked at.
         let gap = map.first_missing(at..spec.size)?;
         let start = seek(mapping, gap.start, Whence::SeekData).filter(|start| *start < spec.size)?;
+        if start >= gap.end {
+            // Known already: the kernel would walk over all of it, page by page, to find its end.
+            at = gap.end;
+            continue;
+        }
         let end = seek(mapping, start, Whence::SeekHole)?.min(spec.size);
         map.set_present(start..end);
         at = end;

@@ -27,32 +27,40 @@ const SEGMENT_BYTES_MAX: u32 = 68 << 10;
 const FAILED_WALK: usize = MAX_CHAIN;
 
 impl SplitQueue {
-    /// Calls `visit` with what is missing of the ring, or else of the first `chains_max` chains that wait in it. `chain` is
-    /// scratch space. A ring that cannot be trusted has nothing to say: whoever takes its chains will find out.
+    /// The available index of the first chain that nobody has taken.
+    pub fn first_waiting(&self) -> u16 {
+        self.next_avail.get()
+    }
+
+    /// Calls `visit` with what is missing of the ring, or else of the first `chains_max` chains that wait in it, less the
+    /// first `skip`. `chain` is scratch space. Returns the available index behind the last chain that was looked at. A ring
+    /// that cannot be trusted has nothing to say: whoever takes its chains will find out.
     pub fn look_ahead(
         &mut self,
         mem: &GuestMemory,
+        skip: u16,
         chains_max: u16,
         chain: &mut Chain,
         mut visit: impl FnMut(MissingRange, Purpose),
-    ) {
+    ) -> u16 {
+        let first = self.next_avail.get();
         if self.ring.access().is_err() {
             self.ring.for_each_missing(|range| visit(range, Purpose::Ring));
-            return;
+            return first;
         }
         if self.refill().is_err() {
-            return;
+            return first;
         }
-        let waiting = self.avail_cached.get().wrapping_sub(self.next_avail.get()).min(chains_max);
-        let Ok(ring) = self.ring.access() else { return };
+        let waiting = self.avail_cached.get().wrapping_sub(first).min(chains_max);
+        let Ok(ring) = self.ring.access() else { return first };
         let mut segments = 0;
-        for ahead in 0..waiting {
+        for ahead in skip..waiting {
             if segments >= SEGMENTS_MAX {
-                return;
+                return first.wrapping_add(ahead);
             }
-            let head = ring.avail_head(self.next_avail.get().wrapping_add(ahead));
-            let Some(first) = ring.descriptor(head) else { return };
-            match chain.walk(ring, mem, self.config.indirect, head, first) {
+            let head = ring.avail_head(first.wrapping_add(ahead));
+            let Some(first_desc) = ring.descriptor(head) else { return first.wrapping_add(ahead) };
+            match chain.walk(ring, mem, self.config.indirect, head, first_desc) {
                 Ok(()) => {
                     for segment in chain.readable().iter().chain(chain.writable()) {
                         segments += 1;
@@ -64,11 +72,12 @@ impl SplitQueue {
                 }
                 Err(WalkError::Missing(range)) => {
                     // Nothing of the table was read if its first page is missing, which is the usual case.
-                    segments += if range.gpa <= first.addr().0 { 1 } else { FAILED_WALK };
+                    segments += if range.gpa <= first_desc.addr().0 { 1 } else { FAILED_WALK };
                     visit(range, Purpose::IndirectTable);
                 }
                 Err(WalkError::Bad(_)) => segments += FAILED_WALK,
             }
         }
+        first.wrapping_add(waiting.max(skip))
     }
 }

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 use super::PairToken;
+use super::ahead::Told;
 use crate::memory::MissingRange;
 use crate::reactor::{OpId, Reactor};
 use crate::virtq::{QueueError, SplitQueue};
@@ -24,6 +25,8 @@ pub(super) struct Ring {
     pub(super) parked: Option<MissingRange>,
     /// Chains may have come whose pages are missing: look at them before their turn comes (postcopy).
     pub(super) look_ahead: bool,
+    /// How far that was done.
+    pub(super) told: Told,
     /// The last look ended before the chains, since the ring or a table has not arrived (postcopy).
     pub(super) blind: bool,
 }
@@ -48,8 +51,14 @@ impl Ring {
         Ok(())
     }
 
-    /// Looks again, parked or not: memory is new, or more of it has arrived. True if it was parked.
+    /// Looks again, parked or not: memory is new, or the ring was not looked at for a while. True if it was parked.
     pub(super) fn look_again(&mut self) -> bool {
+        self.told = Told::default();
+        self.go_on()
+    }
+
+    /// Looks again: more of the memory has arrived. True if it was parked.
+    pub(super) fn go_on(&mut self) -> bool {
         self.pending = true;
         self.look_ahead = true;
         self.parked.take().is_some()

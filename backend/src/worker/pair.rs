@@ -163,7 +163,7 @@ impl Pair {
                 for direction in [Direction::Receive, Direction::Transmit] {
                     match &mut self.half(direction).ring {
                         Some(ring) if ring.parked.is_some() => {
-                            ring.look_again();
+                            ring.go_on();
                             trace::resume(key, direction);
                         }
                         Some(ring) => ring.look_ahead |= ring.blind,
@@ -244,6 +244,7 @@ impl Pair {
             listening: false,
             parked: None,
             look_ahead: true,
+            told: Default::default(),
             blind: false,
         });
         self.rearm_kick(reactor, direction);

@@ -13,7 +13,6 @@ use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::time::TimeSpec;
 
-use super::PAGE;
 use super::findings::{Findings, Wrong};
 use super::guest::Guest;
 use super::schedule::{Answer, Asker, Counts, Schedule};
@@ -43,20 +42,44 @@ pub struct Delivered {
     pub last_wanted: Option<Instant>,
 }
 
+/// A piece of guest memory as the back-end has mapped it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// Offset in guest memory, a multiple of the page size.
+    pub at: u64,
+    /// Bytes.
+    pub len: u64,
+    /// The back-end's address of it.
+    pub base: u64,
+}
+
 /// The back-end's side of the memory.
 #[derive(Debug)]
 pub struct Client {
     /// Its userfaultfd.
     pub uffd: Uffd,
-    /// Where it has mapped the region.
-    pub base: u64,
+    /// All of the memory.
+    pub slots: Vec<Slot>,
+    /// Size of a page, bytes.
+    pub page: u64,
 }
 
 impl Client {
-    /// The page of `pages` that a fault is for, if there is such a page.
-    pub fn page(&self, event: Event, pages: u64) -> Option<u64> {
+    /// The page that a fault is for, if there is such a page.
+    pub fn page(&self, event: Event) -> Option<u64> {
         let Event::Fault(address) = event else { return None };
-        address.checked_sub(self.base).map(|offset| offset / PAGE).filter(|&page| page < pages)
+        self.slots.iter().find_map(|slot| {
+            let inside = address.checked_sub(slot.base).filter(|offset| *offset < slot.len)?;
+            Some((slot.at + inside) / self.page)
+        })
+    }
+
+    /// Wakes whoever waits for a page there.
+    fn wake(&self, page: u64) -> Result<()> {
+        let at = page * self.page;
+        let slot = self.slots.iter().find(|slot| (slot.at..slot.at + slot.len).contains(&at));
+        let slot = slot.context("a page that is in no slot")?;
+        self.uffd.wake(slot.base + at - slot.at, self.page).context("waking the back-end")
     }
 }
 
@@ -64,7 +87,7 @@ impl Client {
 #[derive(Debug)]
 pub struct Deliverer {
     shared: Arc<Shared>,
-    thread: JoinHandle<Result<Delivered>>,
+    thread: Option<JoinHandle<Result<Delivered>>>,
 }
 
 impl Deliverer {
@@ -73,11 +96,11 @@ impl Deliverer {
         let shared = Arc::new(Shared::default());
         let theirs = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("deliver".into()).spawn(move || {
-            sleeper::prefer_me();
+            sleeper::prefer_me(sleeper::Rank::Deliver);
             let loop_ = Loop { guest, client, schedule, findings, shared: theirs, start: Instant::now() };
             loop_.run()
         })?;
-        Ok(Self { shared, thread })
+        Ok(Self { shared, thread: Some(thread) })
     }
 
     /// How many pages the back-end waits for at the moment.
@@ -92,13 +115,23 @@ impl Deliverer {
 
     /// Whether that has been done.
     pub fn finished(&self) -> bool {
-        self.shared.finished.load(Ordering::Acquire) || self.thread.is_finished()
+        self.shared.finished.load(Ordering::Acquire) || self.thread.as_ref().is_none_or(|t| t.is_finished())
     }
 
     /// Ends the thread and closes our copy of the back-end's userfaultfd.
-    pub fn stop(self) -> Result<Delivered> {
+    pub fn stop(mut self) -> Result<Delivered> {
+        self.halt().context("the delivering thread has panicked")?
+    }
+
+    fn halt(&mut self) -> Option<Result<Delivered>> {
         self.shared.stop.store(true, Ordering::Release);
-        self.thread.join().map_err(|_| anyhow::anyhow!("the delivering thread has panicked"))?
+        self.thread.take().and_then(|thread| thread.join().ok())
+    }
+}
+
+impl Drop for Deliverer {
+    fn drop(&mut self) {
+        let _ = self.halt();
     }
 }
 
@@ -147,31 +180,29 @@ impl Loop {
     fn read_faults(&mut self) -> Result<()> {
         let now = self.now_ns();
         let (schedule, findings) = (&mut self.schedule, &self.findings);
-        let (base, pages) = (self.client.base, self.guest.pages());
+        let page_bytes = self.guest.layout.page;
         let mut late = Vec::new();
-        let client = self.client.uffd.events(|event| match self.client.page(event, pages) {
+        let client = self.client.uffd.events(|event| match self.client.page(event) {
             Some(page) => {
                 if schedule.fault(page, Asker::BackEnd, now) == Answer::Here {
-                    late.push(base + page * PAGE);
+                    late.push(page);
                 }
             }
             None => findings.add(Wrong::StrangeEvent, || format!("{event:x?} is for no page of the table")),
         });
         client.context("reading the back-end's userfaultfd")?;
-        for address in late {
-            self.client.uffd.wake(address, PAGE).context("waking the back-end")?;
-        }
+        late.into_iter().try_for_each(|page| self.client.wake(page))?;
         let own = self.guest.map.address();
         let mut late = Vec::new();
         self.guest.uffd().events(|event| {
             if let Event::Fault(address) = event
-                && schedule.fault((address - own) / PAGE, Asker::Guest, now) == Answer::Here
+                && schedule.fault((address - own) / page_bytes, Asker::Guest, now) == Answer::Here
             {
-                late.push(address & !(PAGE - 1));
+                late.push(address & !(page_bytes - 1));
             }
         })?;
         for address in late {
-            self.guest.uffd().wake(address, PAGE)?;
+            self.guest.uffd().wake(address, page_bytes)?;
         }
         self.publish();
         Ok(())
@@ -181,9 +212,10 @@ impl Loop {
         if !self.guest.place(page).with_context(|| format!("placing page {page}"))? {
             self.findings.add(Wrong::FilledHole, || format!("page {page} had content before it came"));
             // A driver that waits is not woken by a copy that fails.
-            self.guest.uffd().wake(self.guest.map.address() + page * PAGE, PAGE)?;
+            let page_bytes = self.guest.layout.page;
+            self.guest.uffd().wake(self.guest.map.address() + page * page_bytes, page_bytes)?;
         }
-        self.client.uffd.wake(self.client.base + page * PAGE, PAGE).context("waking the back-end")?;
+        self.client.wake(page)?;
         let now = self.now_ns();
         if !self.schedule.placed(page, now) {
             self.findings.add(Wrong::DeliveredTwice, || format!("page {page}"));

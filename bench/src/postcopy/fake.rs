@@ -204,11 +204,13 @@ impl Session {
             memory.load_u32(len - PAGE);
             memory.store_u32(len - PAGE, 0);
         }
-        let Some(uffd) = &self.uffd else { bail!("no ADVISE") };
-        uffd.register(memory.address(), len)?;
-        let mut reply = m.payload.clone();
-        reply[24..32].copy_from_slice(&memory.address().to_ne_bytes());
-        self.answer(m.request, &reply)?;
+        // Without ADVISE it is a machine that has all its memory, and nobody waits for an answer.
+        if let Some(uffd) = &self.uffd {
+            uffd.register(memory.address(), len)?;
+            let mut reply = m.payload.clone();
+            reply[24..32].copy_from_slice(&memory.address().to_ne_bytes());
+            self.answer(m.request, &reply)?;
+        }
         if self.manner == Manner::TouchesBeforeAck {
             memory.load_u32(len - PAGE);
         }

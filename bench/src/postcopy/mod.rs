@@ -13,30 +13,38 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | `run` | one measurement from the first message to the last |
+//! | `run`, `arrival` | one measurement from the first message to the last; its beginning |
+//! | `second`, `steady` | what another port of the back-end does meanwhile; one at a fixed rate |
 //! | `session` | the messages, in QEMU's order |
 //! | `deliver`, `schedule` | the thread that answers faults; which page comes when (pure) |
 //! | `driver`, `ring`, `packet` | the guest's driver; its side of a split ring, what is in packets (pure) |
 //! | `guest`, `layout`, `mapping`, `uffd` | memory, where things lie in it (pure), system calls |
-//! | `findings`, `rates`, `table` | what was wrong, numbers from notes (pure), the report |
+//! | `suite` | all cases of the comparison with DPDK, and the numbers to reach (pure) |
+//! | `findings`, `rates`, `histogram`, `pace`, `table` | what was wrong, numbers (pure), the report |
 //! | `sides` | back-ends as processes |
 
+mod arrival;
 mod deliver;
 mod driver;
 #[cfg(test)]
 mod fake;
 mod findings;
 mod guest;
+mod histogram;
 mod layout;
 mod mapping;
+mod pace;
 mod packet;
 mod rates;
 mod ring;
 mod run;
 mod schedule;
+mod second;
 mod session;
 mod sides;
 mod sleeper;
+mod steady;
+mod suite;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -52,8 +60,10 @@ use nix::unistd::Pid;
 use crate::testpmd::{self, HugePages, Memory};
 use crate::{interrupt, procstat};
 use driver::Direction;
+use guest::Backing;
 use run::{Case, Outcome};
 use schedule::Link;
+use second::SecondPort;
 use sides::{BackEnd, OTHER_CPU, Side};
 use table::{Report, Row};
 
@@ -61,8 +71,13 @@ use table::{Report, Row};
 const PAGE: u64 = 4096;
 /// For one testpmd of 192 MiB in pages of 2 MiB, and its own tables.
 const HUGEPAGES: u64 = 128;
+/// For the memory of machines in hugepages: two, with 1024 buffers each.
+const GUEST_HUGEPAGES: u64 = 140;
 /// Buffers per ring entry where the ring is stopped often: the stall must last.
 const STOP_BUFFERS: u64 = 16;
+const SUITE_ROUNDS: usize = 3;
+/// How long a stall is watched beside a second port at a fixed rate, ms.
+const WATCH_MS: u64 = 3000;
 /// Stops come within so many times the latency: as long as DPDK holds a queue for one burst.
 const STOP_WITHIN: u64 = 32;
 
@@ -71,6 +86,9 @@ pub struct Args {
     /// Measure the back-end that listens here
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
+    /// The second port of that back-end, for --second
+    #[arg(long, value_name = "PATH", requires = "socket")]
+    second_socket: Option<PathBuf>,
     /// Start and measure DPDK's back-end (testpmd with net_vhost)
     #[arg(long)]
     dpdk: bool,
@@ -80,6 +98,10 @@ pub struct Args {
     /// Give testpmd hugepages
     #[arg(long)]
     hugepages: bool,
+    /// All cases of the comparison, and whether the numbers to reach are reached; only --rounds, --frame and what names
+    /// back-ends count beside it
+    #[arg(long)]
+    suite: bool,
     /// Where packets go; the back-end at --socket must suit it
     #[arg(long, value_delimiter = ',', default_values = ["tx"])]
     direction: Vec<Direction>,
@@ -116,18 +138,42 @@ pub struct Args {
     /// Negotiate MRG_RXBUF
     #[arg(long)]
     mergeable: bool,
-    /// How long full rate is measured, or how long no page comes with --never
+    /// What guest memory is made of
+    #[arg(long, value_enum, default_value_t)]
+    memory: Backing,
+    /// Tell memory slot by slot (CONFIGURE_MEM_SLOTS)
+    #[arg(long)]
+    slots: bool,
+    /// What a second port of the back-end does meanwhile
+    #[arg(long, value_enum, conflicts_with = "stops")]
+    second: Option<What>,
+    /// Rate of --second steady, packets per second
+    #[arg(long, default_value_t = 500_000)]
+    second_pps: u64,
+    /// Watch a stall for so long, whatever number of packets there is by then [default with --second steady: 3000]
+    #[arg(long)]
+    watch_ms: Option<u64>,
+    /// How long full rate is measured, or how long no page comes with --never, or --second steady is watched alone
     #[arg(long, default_value_t = 1000)]
     steady_ms: u64,
     /// Give up waiting for the packets after so many seconds
     #[arg(long, default_value_t = 60)]
     limit_s: u64,
-    /// Rounds; the sides take turns in each
-    #[arg(long, default_value_t = 1)]
-    rounds: usize,
+    /// Rounds; the sides take turns in each [default: 1, with --suite 3]
+    #[arg(long)]
+    rounds: Option<usize>,
     /// Write the JSON report here
     #[arg(long)]
     json: Option<PathBuf>,
+}
+
+/// What a second port does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum What {
+    /// It has all its memory and sends at a fixed rate
+    Steady,
+    /// It is in postcopy too, and no page of it ever comes
+    Stalled,
 }
 
 impl Args {
@@ -142,7 +188,7 @@ impl Args {
             sides.push(Side::Dpdk(if self.hugepages { Memory::Huge } else { Memory::Ordinary }));
         }
         if let Some(path) = &self.socket {
-            sides.push(Side::Socket(path.clone()));
+            sides.push(Side::Socket([path].into_iter().chain(&self.second_socket).cloned().collect()));
         }
         ensure!(!sides.is_empty(), "name a back-end: --socket PATH, --dpdk or --backend-bin PROGRAM");
         Ok(sides)
@@ -165,7 +211,7 @@ impl Args {
         Ok(())
     }
 
-    fn cases(&self) -> Vec<(String, Case, Link)> {
+    fn cases(&self) -> Vec<Case> {
         let mut cases = Vec::new();
         let many = if self.stops > 0 { STOP_BUFFERS } else { 1 };
         for &direction in &self.direction {
@@ -181,21 +227,31 @@ impl Args {
                     ring_size: self.ring_size,
                     buffers: self.buffers.unwrap_or(many * u64::from(self.ring_size)),
                     frame: self.frame,
+                    memory: self.memory,
+                    slots: self.slots,
+                    second: self.second.map(|what| match what {
+                        What::Steady => SecondPort::Steady { pps: self.second_pps },
+                        What::Stalled => SecondPort::Stalled,
+                    }),
                     rings_arrived: !self.rings_missing,
                     mergeable: self.mergeable,
                     packets: self.packets,
                     stops: self.stops,
                     stop_within: Duration::from_micros(STOP_WITHIN * latency_us),
+                    watch: self
+                        .watch_ms
+                        .or(self.second.filter(|w| *w == What::Steady).map(|_| WATCH_MS))
+                        .map(Duration::from_millis),
                     steady: Duration::from_millis(self.steady_ms),
                     limit: Duration::from_secs(self.limit_s),
                 };
-                cases.push((label(&case), case, link));
-                if self.never {
+                cases.push(case);
+                if self.never || self.suite {
                     break;
                 }
             }
         }
-        cases
+        if self.suite { cases.first().map(suite::cases).unwrap_or_default() } else { cases }
     }
 }
 
@@ -217,7 +273,27 @@ fn label(case: &Case) -> String {
     if !case.rings_arrived {
         text += ", rings missing";
     }
-    if case.stops == 0 && case.link.latency_ns.is_some() {
+    if case.memory != Backing::Memfd {
+        text += &format!(", {:?}", case.memory).to_lowercase();
+    }
+    if case.slots {
+        text += ", memory slots";
+    }
+    let counts = case.stops == 0 && case.link.latency_ns.is_some() && case.watch.is_none();
+    if case.stops > 0 {
+        text += ", ring stopped";
+    }
+    if let Some(watch) = case.watch {
+        text += &format!(", watched for {} s", watch.as_secs_f64());
+    }
+    match case.second {
+        Some(SecondPort::Steady { pps }) => {
+            text += &format!("; second port at {} kpps", pps as f64 / 1e3);
+        }
+        Some(SecondPort::Stalled) => text += "; second port stalled for ever",
+        None => {}
+    }
+    if counts {
         text += &format!(", {} packets", case.packets);
     }
     text
@@ -232,18 +308,22 @@ pub fn run(args: &Args) -> Result<()> {
         cpus.set(OTHER_CPU)?;
         sched_setaffinity(Pid::from_raw(0), &cpus).context("this measurement needs two CPUs, 0 and 1")?;
     }
-    let huge = sides.contains(&Side::Dpdk(Memory::Huge));
-    let _pages = if huge { Some(HugePages::reserve(HUGEPAGES)?) } else { None };
+    let huge = if sides.contains(&Side::Dpdk(Memory::Huge)) { HUGEPAGES } else { 0 };
+    let guests = if args.memory == Backing::Hugetlb { GUEST_HUGEPAGES } else { 0 };
+    let _pages = if huge + guests > 0 { Some(HugePages::reserve(huge + guests)?) } else { None };
     let mut report = Report::default();
-    for (label, case, link) in args.cases() {
-        for round in 0..args.rounds {
+    let rounds = args.rounds.unwrap_or(if args.suite { SUITE_ROUNDS } else { 1 });
+    for case in args.cases() {
+        let (label, link) = (label(&case), case.link);
+        for round in 0..rounds {
             for i in 0..sides.len() {
                 let side = &sides[(i + round) % sides.len()];
-                if let Some(why) = side.objection(case.direction) {
+                if let Some(why) = side.objection(case.direction, case.second) {
                     report.note(format!("{} was left out of {label}: {why}", side.name()));
                     continue;
                 }
-                eprintln!("{label}: round {}/{}: {}", round + 1, args.rounds, side.name());
+                eprintln!("{label}: round {}/{}: {}", round + 1, rounds, side.name());
+                let case = suite::at_side(&case, if args.suite { side.name() } else { "" });
                 let outcome = one(side, &case);
                 interrupt::check()?;
                 report.add(Row {
@@ -259,10 +339,17 @@ pub fn run(args: &Args) -> Result<()> {
             }
         }
     }
+    if args.suite {
+        report.judge();
+    }
     print!("{}", report.text());
     if let Some(path) = &args.json {
         std::fs::write(path, report.json()?).with_context(|| path.display().to_string())?;
         println!("JSON: {}", path.display());
+    }
+    if args.suite {
+        ensure!(report.is_reached(), "not all numbers to reach are reached (NO above)");
+        return Ok(());
     }
     ensure!(report.is_clean(), "not every back-end did what it must (lines with ! above)");
     Ok(())
@@ -271,12 +358,12 @@ pub fn run(args: &Args) -> Result<()> {
 /// One case at one side, which is started afresh. Where stops are wanted, machines come and go until there were
 /// enough of them.
 fn one(side: &Side, case: &Case) -> Result<Outcome> {
-    let mut backend = BackEnd::start(side, case.direction)?;
+    let mut backend = BackEnd::start(side, case.direction, case.second)?;
     let start = Instant::now();
     let mut all: Option<Outcome> = None;
     loop {
         let began = (Instant::now(), waited(&backend));
-        let mut outcome = match run::measure(backend.socket(), case) {
+        let mut outcome = match run::measure(backend.sockets(), case) {
             Ok(outcome) => outcome,
             Err(e) => match backend.ended() {
                 Some(how) => bail!("{e:#}; {how}"),

@@ -1,29 +1,28 @@
 //! One measurement: a virtual machine arrives, its rings start, pages come, and it leaves again.
 #![forbid(unsafe_code)]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use lab::rawfront::virtio;
 use serde::Serialize;
 
-use super::PAGE;
-use super::deliver::{Client, Deliverer};
+use super::arrival::Arrival;
+use super::deliver::{Delivered, Deliverer};
 use super::driver::{Direction, Driven, Driver, Events, Job};
 use super::findings::{Findings, Summary, Wrong};
-use super::guest::{BASE, Guest};
-use super::layout::{Layout, RINGS, RX, TX};
-use super::packet::HEADER;
+use super::guest::{BASE, Backing, Guest};
+use super::layout::{RINGS, RX, TX};
 use super::rates::{self, Times, ms};
 use super::ring;
-use super::schedule::{Asker, Counts, Link, Schedule};
-use super::session::Session;
+use super::schedule::{Counts, Link};
+use super::second::{Second, SecondPort};
+use super::session::{Session, Wishes};
+use super::sleeper::Preferred;
+use super::steady::Steady;
 use crate::interrupt;
 
-/// How long a back-end is watched for touching memory before it may.
-const BEFORE_ACK: Duration = Duration::from_millis(20);
 /// Distance of the questions during a stall.
 const PING_EVERY: Duration = Duration::from_millis(1);
 /// After GET_VRING_BASE the ring is watched for this long.
@@ -52,6 +51,10 @@ pub struct Case {
     pub buffers: u64,
     /// Bytes of each frame.
     pub frame: usize,
+    /// What guest memory is made of.
+    pub memory: Backing,
+    /// Memory is told slot by slot.
+    pub slots: bool,
     /// Whether the rings' own pages have arrived before.
     pub rings_arrived: bool,
     /// Negotiate MRG_RXBUF.
@@ -62,8 +65,12 @@ pub struct Case {
     pub stops: usize,
     /// The longest time from a restart to the next stop; in between they are as likely at any moment.
     pub stop_within: Duration,
-    /// How long traffic goes on after that, or without any page.
+    /// A stall is watched for so long, whatever number of packets there is by then.
+    pub watch: Option<Duration>,
+    /// How long traffic goes on after the packets. With a second port at a fixed rate: how long that is watched alone.
     pub steady: Duration,
+    /// What a second port does meanwhile.
+    pub second: Option<SecondPort>,
     /// How long the packets may take.
     pub limit: Duration,
 }
@@ -92,6 +99,9 @@ pub struct Outcome {
     pub faults: Counts,
     /// GET_FEATURES during stalls.
     pub ping: Option<Times>,
+    /// How late this program's asking thread was itself, when it woke from its sleep before each question: what is not
+    /// longer than this says nothing about the back-end.
+    pub own_delay: Option<Times>,
     /// GET_VRING_BASE during stalls.
     pub stop: Option<Times>,
     /// The same, one by one.
@@ -101,6 +111,10 @@ pub struct Outcome {
     pub end_ms: Option<f64>,
     /// Where no page ever came.
     pub stuck: Option<Stuck>,
+    /// The second port at a fixed rate.
+    pub second: Option<Steady>,
+    /// Pages that the second, stalled port waited for while the first was measured.
+    pub second_outstanding: Option<u64>,
     /// Buffers that the device has used: RX, TX.
     pub used: [u64; RINGS],
     /// Packets that did not come back though later ones did.
@@ -121,10 +135,13 @@ impl Outcome {
             last_page_ms: None,
             faults,
             ping: None,
+            own_delay: None,
             stop: None,
             stops: Vec::new(),
             end_ms: None,
             stuck: None,
+            second: None,
+            second_outstanding: None,
             used: driver.used,
             lost: driver.lost,
             cpu_missing_percent: None,
@@ -172,67 +189,46 @@ impl Drop for Threads {
     }
 }
 
-/// Measures one case at the back-end that listens at `socket`.
-pub fn measure(socket: &Path, case: &Case) -> Result<Outcome> {
+/// Measures one case at the back-end that listens at the first of `sockets`, and at the second if it has a port for that.
+pub fn measure(sockets: &[PathBuf], case: &Case) -> Result<Outcome> {
+    let socket = sockets.first().context("no socket")?;
     let findings = Findings::default();
-    let layout = Layout { ring_size: case.ring_size, buffers: case.buffers };
-    let guest = Arc::new(Guest::new(layout, case.frame)?);
-    let posted = u64::from(case.ring_size);
-    let send = if case.direction.sends() { posted } else { 0 };
-    let receive = if case.direction.receives() { posted } else { 0 };
-    let rings = [
-        guest.source_ring(RX, receive, PAGE as u32),
-        guest.source_ring(TX, send, (HEADER + case.frame) as u32),
-    ];
-    let mut schedule = Schedule::new(case.link, guest.pages());
-    if case.rings_arrived {
-        for page in layout.ring_pages() {
-            guest.place(page)?;
-            schedule.preset(page);
-        }
-    }
-    let events = Arc::new([Events::new()?, Events::new()?]);
-    let features = if case.mergeable { virtio::MRG_RXBUF } else { 0 };
-
-    let session = Session::open(socket, features, &events)?;
-    let uffd = session.advise()?;
-    session.listen()?;
-    let client = session.send_table(&guest, uffd)?;
-    check_untouched(&guest, &client, &mut schedule, &findings)?;
-    let deliverer = Deliverer::start(Arc::clone(&guest), client, schedule, findings.clone())?;
+    let second = Second::start(sockets.get(1).map(PathBuf::as_path), case, &findings)?;
+    let Arrival { guest, events, rings, session, deliverer } =
+        Arrival::at(socket, case, case.link, &findings)?;
     let mut threads = Threads { guest: Arc::clone(&guest), driver: None, deliverer: Some(deliverer) };
-    session.acknowledge_table()?;
-
     let job = Job { direction: case.direction, frame: case.frame, target: case.packets };
     let driver = Driver::start(job, Arc::clone(&guest), rings, Arc::clone(&events), findings.clone())?;
     threads.driver = Some(driver);
     let start = Instant::now();
+    second.stalls();
     session.start_rings(&guest, &events)?;
-    let run = Run { case, guest: &guest, events: &events, findings: &findings, session, threads };
+    let asked = Asked::default();
+    let run =
+        Run { case, guest: &guest, events: &events, findings: &findings, session, threads, second, asked };
     if case.link.latency_ns.is_none() { run.for_ever(socket, start) } else { run.through(start) }
 }
 
-/// Before the acknowledgement, no fault may have been raised and no page filled.
-fn check_untouched(
-    guest: &Guest,
-    client: &Client,
-    schedule: &mut Schedule,
-    findings: &Findings,
-) -> Result<()> {
-    std::thread::sleep(BEFORE_ACK);
-    client.uffd.events(|event| {
-        findings.add(Wrong::TouchedBeforeAck, || format!("{event:x?}"));
-        // It must be answered all the same: nobody else will see it.
-        if let Some(page) = client.page(event, guest.pages()) {
-            schedule.fault(page, Asker::BackEnd, 0);
-        }
-    })?;
-    for (page, content) in guest.content()?.into_iter().enumerate() {
-        if content && !schedule.is_here(page as u64) {
-            findings.add(Wrong::TouchedBeforeAck, || format!("page {page} was filled"));
-        }
+/// What must be so some time after a connection was closed, whatever was missing.
+pub fn check_after_close(guest: &Guest, delivered: &Delivered, findings: &Findings) -> Result<()> {
+    interrupt::sleep(AFTER_CLOSE)?;
+    guest.check_holes(|page| delivered.schedule.is_here(page), Wrong::HoleGone, findings)
+}
+
+/// Questions and answers.
+#[derive(Default)]
+struct Asked {
+    answers: Vec<Duration>,
+    own_delays: Vec<Duration>,
+}
+
+impl Asked {
+    /// Sleeps until the next question is due, and notes how late that was.
+    fn sleep(&mut self) {
+        let due = Instant::now() + PING_EVERY;
+        std::thread::sleep(PING_EVERY);
+        self.own_delays.push(due.elapsed());
     }
-    Ok(())
 }
 
 struct Run<'a> {
@@ -242,19 +238,26 @@ struct Run<'a> {
     findings: &'a Findings,
     session: Session,
     threads: Threads,
+    second: Second,
+    asked: Asked,
 }
 
 impl Run<'_> {
     /// Pages come, sooner or later.
     fn through(mut self, start: Instant) -> Result<Outcome> {
         self.session.driver_ok()?;
-        let (mut pings, mut stops) = (Vec::new(), Vec::new());
+        let mut stops = Vec::new();
+        let window = self.case.watch;
         if self.case.stops > 0 {
             self.stop_often(start, &mut stops)?;
         } else {
-            self.until_packets(start, &mut pings)?;
-            interrupt::sleep(self.case.steady)?;
+            self.ask(start, window)?;
+            if window.is_none() {
+                interrupt::sleep(self.case.steady)?;
+            }
         }
+        self.second.enough();
+        let second_outstanding = self.second.outstanding();
         let before_end = Instant::now();
         let end_ms = self.finish()?;
         for ring in [RX, TX] {
@@ -262,12 +265,14 @@ impl Run<'_> {
         }
         let driver = self.threads.driver.take().context("no driver")?.join()?;
         let delivered = self.threads.deliverer.take().context("no deliverer")?.stop()?;
-        self.guest.check_holes(|page| delivered.schedule.is_here(page), self.findings)?;
+        let is_here = |page| delivered.schedule.is_here(page);
+        self.guest.check_holes(is_here, Wrong::HoleGone, self.findings)?;
         self.guest.check_pages(|page| delivered.schedule.is_here(page), driver.longest, self.findings);
         self.session.reset_status()?;
+        let second = self.second.stop(self.findings)?;
         let since = |at: Instant| ms(at.duration_since(start));
         let mut out = Outcome::of(&driver, delivered.counts, self.findings);
-        if self.case.stops == 0 {
+        if self.case.stops == 0 && window.is_none() {
             // What comes after END is not part of it.
             let notes: Vec<_> = driver.notes.iter().copied().take_while(|n| n.0 <= before_end).collect();
             out.full_rate_pps = rates::full_rate(&notes, self.case.steady / 2);
@@ -277,28 +282,36 @@ impl Run<'_> {
         }
         Ok(Outcome {
             last_page_ms: delivered.last_wanted.map(since),
-            ping: Times::of(&pings),
+            ping: Times::of(&self.asked.answers),
+            own_delay: Times::of(&self.asked.own_delays),
             stop: Times::of(&stops),
             stops,
             end_ms: Some(end_ms),
+            second,
+            second_outstanding,
             ..out
         })
     }
 
-    /// Asks the back-end something now and then, as long as it waits for pages, until the packets are through.
-    fn until_packets(&mut self, start: Instant, pings: &mut Vec<Duration>) -> Result<()> {
-        while !self.threads.driver()?.reached() {
+    /// Asks the back-end something now and then as long as it waits for pages: until the packets are through, or for
+    /// this long.
+    fn ask(&mut self, start: Instant, window: Option<Duration>) -> Result<()> {
+        let _on_time = Preferred::enter();
+        loop {
             interrupt::check()?;
-            if self.threads.deliverer()?.outstanding() > 0 {
-                pings.push(self.session.ping()?);
+            let enough = match window {
+                Some(window) => start.elapsed() >= window,
+                None => self.threads.driver()?.reached() || start.elapsed() > self.case.limit,
+            };
+            if enough || self.threads.driver()?.failed() {
+                return Ok(());
             }
-            if self.threads.driver()?.failed() || start.elapsed() > self.case.limit {
-                break;
+            if self.threads.deliverer()?.outstanding() > 0 {
+                self.asked.answers.push(self.session.ping()?);
             }
             self.check_threads()?;
-            std::thread::sleep(PING_EVERY);
+            self.asked.sleep();
         }
-        Ok(())
     }
 
     fn check_threads(&self) -> Result<()> {
@@ -313,6 +326,7 @@ impl Run<'_> {
     fn stop_often(&mut self, start: Instant, stops: &mut Vec<Duration>) -> Result<()> {
         let ring = self.case.direction.ring();
         let place = self.guest.layout.ring(ring);
+        let _on_time = Preferred::enter();
         let mut dice = start.elapsed().as_nanos() as u64 | 1;
         while stops.len() < self.case.stops && start.elapsed() < self.case.limit {
             dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -373,19 +387,24 @@ impl Run<'_> {
 
     /// No page ever comes: does the back-end answer all the same, and can its port be used again?
     fn for_ever(mut self, socket: &Path, start: Instant) -> Result<Outcome> {
-        let mut pings = Vec::new();
         let patience = self.case.limit.min(STUCK);
         self.session.set_patience(patience);
         // A back-end that is stuck in its control thread answers nothing from the start.
         let mut answers = self.session.driver_ok().is_ok();
-        while answers && start.elapsed() < self.case.steady {
+        let on_time = Preferred::enter();
+        while start.elapsed() < self.case.watch.unwrap_or(self.case.steady) {
             interrupt::check()?;
-            match self.session.ping() {
-                Ok(took) => pings.push(took),
-                Err(_) => answers = false,
+            if answers {
+                match self.session.ping() {
+                    Ok(took) => self.asked.answers.push(took),
+                    Err(_) => answers = false,
+                }
             }
-            std::thread::sleep(PING_EVERY);
+            self.asked.sleep();
         }
+        drop(on_time);
+        self.second.enough();
+        let second_outstanding = self.second.outstanding();
         let stop = if answers { self.session.stop_ring(self.case.direction.ring()).ok() } else { None };
         if let Some((_, base)) = stop
             && base != BASE
@@ -395,16 +414,19 @@ impl Run<'_> {
         // QEMU is gone.
         drop(self.session);
         let delivered = self.threads.deliverer.take().context("no deliverer")?.stop()?;
-        interrupt::sleep(AFTER_CLOSE)?;
-        self.guest.check_holes(|page| delivered.schedule.is_here(page), self.findings)?;
+        check_after_close(self.guest, &delivered, self.findings)?;
         let driver = self.threads.driver.take().context("no driver")?;
         driver.halt();
         self.guest.give_up();
         let driver = driver.join()?;
         let next = [Events::new()?, Events::new()?];
-        let usable_again = Session::open_within(socket, 0, &next, patience).is_ok();
+        let usable_again = Session::open_within(socket, Wishes::default(), &next, patience).is_ok();
+        let second = self.second.stop(self.findings)?;
         Ok(Outcome {
-            ping: Times::of(&pings),
+            ping: Times::of(&self.asked.answers),
+            own_delay: Times::of(&self.asked.own_delays),
+            second,
+            second_outstanding,
             stop: stop.and_then(|(took, _)| Times::of(&[took])),
             stuck: Some(Stuck { stop_answered: stop.is_some(), usable_again }),
             ..Outcome::of(&driver, delivered.counts, self.findings)

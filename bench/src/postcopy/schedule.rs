@@ -8,8 +8,6 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-use super::PAGE;
-
 /// The link to the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Link {
@@ -22,8 +20,8 @@ pub struct Link {
 }
 
 impl Link {
-    fn transmission_ns(&self) -> u64 {
-        (PAGE * 1_000_000_000).checked_div(self.bandwidth).unwrap_or(0)
+    fn transmission_ns(&self, bytes: u64) -> u64 {
+        (bytes * 1_000_000_000).checked_div(self.bandwidth).unwrap_or(0)
     }
 }
 
@@ -90,6 +88,8 @@ pub struct Counts {
 #[derive(Debug)]
 pub struct Schedule {
     link: Link,
+    /// Bytes of each page.
+    page_bytes: u64,
     pages: Vec<Page>,
     /// (arrival, page), earliest first.
     coming: BinaryHeap<Reverse<(u64, u64)>>,
@@ -104,10 +104,11 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// All pages are at the source, the background stream starts at time 0.
-    pub fn new(link: Link, pages: u64) -> Self {
+    /// So many pages of so many bytes are at the source; the background stream starts at time 0.
+    pub fn new(link: Link, pages: u64, page_bytes: u64) -> Self {
         Self {
             link,
+            page_bytes,
             pages: vec![Page::default(); pages as usize],
             coming: BinaryHeap::new(),
             link_free_ns: 0,
@@ -152,7 +153,7 @@ impl Schedule {
     }
 
     fn send(&mut self, page: u64, earliest_ns: u64, way_ns: u64) {
-        self.link_free_ns = self.link_free_ns.max(earliest_ns) + self.link.transmission_ns();
+        self.link_free_ns = self.link_free_ns.max(earliest_ns) + self.link.transmission_ns(self.page_bytes);
         // Without a limit nothing waits for anything.
         let sent = if self.link.bandwidth == 0 { earliest_ns } else { self.link_free_ns };
         self.coming.push(Reverse((sent + way_ns, page)));
@@ -255,6 +256,7 @@ impl Schedule {
 
 #[cfg(test)]
 mod tests {
+    use super::super::PAGE;
     use super::Asker::{BackEnd, Guest};
     use super::*;
 
@@ -278,7 +280,7 @@ mod tests {
 
     #[test]
     fn pages_come_in_parallel_after_the_latency() {
-        let mut s = Schedule::new(link(5, 0, 0), 100);
+        let mut s = Schedule::new(link(5, 0, 0), 100, PAGE);
         assert_eq!(s.fault(7, BackEnd, MS), Answer::Waits);
         assert_eq!(s.fault(8, BackEnd, MS), Answer::Waits);
         assert_eq!(s.fault(7, BackEnd, 2 * MS), Answer::Waits);
@@ -293,7 +295,7 @@ mod tests {
 
     #[test]
     fn one_at_a_time_is_one_outstanding() {
-        let mut s = Schedule::new(link(5, 0, 0), 4);
+        let mut s = Schedule::new(link(5, 0, 0), 4, PAGE);
         for page in 0..4 {
             s.fault(page, BackEnd, page * 6 * MS);
             assert_eq!(run(&mut s, page * 6 * MS + 5 * MS).len(), 1);
@@ -306,14 +308,14 @@ mod tests {
     #[test]
     fn bandwidth_spaces_pages() {
         // 4096 bytes take 1 ms.
-        let mut s = Schedule::new(link(4, PAGE * 1000, 0), 10);
+        let mut s = Schedule::new(link(4, PAGE * 1000, 0), 10, PAGE);
         (0..3).for_each(|p| assert_eq!(s.fault(p, BackEnd, 0), Answer::Waits));
         assert_eq!(run(&mut s, u64::MAX), [(5 * MS, 0), (6 * MS, 1), (7 * MS, 2)]);
     }
 
     #[test]
     fn the_guests_faults_do_not_count_as_the_back_ends() {
-        let mut s = Schedule::new(link(5, 0, 0), 4);
+        let mut s = Schedule::new(link(5, 0, 0), 4, PAGE);
         s.fault(1, Guest, 0);
         assert_eq!(s.outstanding(), 0);
         s.fault(1, BackEnd, MS);
@@ -324,7 +326,7 @@ mod tests {
 
     #[test]
     fn the_background_stream_brings_everything_once() {
-        let mut s = Schedule::new(link(2, 0, 1000), 10);
+        let mut s = Schedule::new(link(2, 0, 1000), 10, PAGE);
         s.preset(0);
         s.fault(3, BackEnd, 0);
         let placed = run(&mut s, u64::MAX);
@@ -340,7 +342,7 @@ mod tests {
 
     #[test]
     fn asked_for_pages_go_before_the_stream() {
-        let mut s = Schedule::new(link(2, PAGE * 1000, 100_000), 50);
+        let mut s = Schedule::new(link(2, PAGE * 1000, 100_000), 50, PAGE);
         (40..45).for_each(|p| assert_eq!(s.fault(p, BackEnd, 0), Answer::Waits));
         let first: Vec<u64> = run(&mut s, 8 * MS).into_iter().map(|p| p.1).filter(|&p| p >= 40).collect();
         assert_eq!(first, [40, 41, 42, 43, 44]);
@@ -348,7 +350,7 @@ mod tests {
 
     #[test]
     fn never_is_never() {
-        let mut s = Schedule::new(Link { latency_ns: None, bandwidth: 0, background: 5 }, 3);
+        let mut s = Schedule::new(Link { latency_ns: None, bandwidth: 0, background: 5 }, 3, PAGE);
         s.fault(1, BackEnd, 0);
         assert_eq!((s.due(u64::MAX), s.next_ns(), s.outstanding()), (None, None, 1));
         assert_eq!(s.absent().count(), 3);

@@ -7,9 +7,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use lab::rawfront::{Wire, mem_table, msg, protocol, state, virtio, vring_addr};
+use lab::rawfront::{Wire, mem_reg, mem_table, msg, protocol, state, virtio, vring_addr};
 
-use super::deliver::Client;
+use super::deliver::{Client, Slot};
 use super::driver::Events;
 use super::guest::{BASE, Guest};
 use super::layout::RINGS;
@@ -18,6 +18,15 @@ use super::uffd::Uffd;
 
 /// How long a back-end may take for an answer that needs no page. A blocked one takes a burst of pages.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What a front-end wants of a back-end beyond what every one has.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Wishes {
+    /// Virtio features.
+    pub features: u64,
+    /// Memory is told slot by slot (CONFIGURE_MEM_SLOTS), or not at all.
+    pub slots: bool,
+}
 
 /// A control connection with its negotiated state.
 #[derive(Debug)]
@@ -29,14 +38,14 @@ pub struct Session {
 
 impl Session {
     /// Connects and does all that QEMU does before the migration comes in.
-    pub fn open(socket: &Path, features: u64, events: &[Events; RINGS]) -> Result<Self> {
-        Self::open_within(socket, features, events, PATIENCE)
+    pub fn open(socket: &Path, wishes: Wishes, events: &[Events; RINGS]) -> Result<Self> {
+        Self::open_within(socket, wishes, events, PATIENCE)
     }
 
     /// As [`Self::open`], for a back-end that may be stuck.
     pub fn open_within(
         socket: &Path,
-        features: u64,
+        wishes: Wishes,
         events: &[Events; RINGS],
         patience: Duration,
     ) -> Result<Self> {
@@ -46,13 +55,15 @@ impl Session {
         let offered = wire.ask(msg::GET_FEATURES, &[])?.u64()?;
         ensure!(offered & virtio::PROTOCOL_FEATURES != 0, "the back-end has no protocol features");
         ensure!(offered & virtio::VERSION_1 != 0, "the back-end does not offer VERSION_1");
-        let features = offered & (features | virtio::PROTOCOL_FEATURES | virtio::VERSION_1);
+        let features = offered & (wishes.features | virtio::PROTOCOL_FEATURES | virtio::VERSION_1);
         let offered = wire.ask(msg::GET_PROTOCOL_FEATURES, &[])?.u64()?;
         ensure!(
             offered & protocol::PAGEFAULT != 0,
             "the back-end does not offer PAGEFAULT (offers {offered:#x}): no postcopy"
         );
-        let wanted = protocol::MQ | protocol::REPLY_ACK | protocol::PAGEFAULT | protocol::STATUS;
+        let slots = if wishes.slots { protocol::CONFIGURE_MEM_SLOTS } else { 0 };
+        ensure!(offered & slots == slots, "the back-end does not offer CONFIGURE_MEM_SLOTS");
+        let wanted = protocol::MQ | protocol::REPLY_ACK | protocol::PAGEFAULT | protocol::STATUS | slots;
         let protocol = offered & wanted;
         wire.tell(msg::SET_PROTOCOL_FEATURES, &protocol.to_ne_bytes(), &[])?;
         let it = Self { wire, features, protocol };
@@ -101,6 +112,11 @@ impl Session {
     /// POSTCOPY_LISTEN, and what QEMU sends between that and the memory table.
     pub fn listen(&self) -> Result<()> {
         self.answered(msg::POSTCOPY_LISTEN).context("POSTCOPY_LISTEN")?;
+        self.begin()
+    }
+
+    /// What QEMU sends before the memory table.
+    pub fn begin(&self) -> Result<()> {
         self.enable_rings()?;
         self.wire.tell(msg::SET_FEATURES, &self.features.to_ne_bytes(), &[])?;
         self.set_status(0x8)
@@ -121,27 +137,58 @@ impl Session {
         Ok(())
     }
 
-    /// SET_MEM_TABLE, first two steps: the back-end says where it has mapped the memory. Nothing may touch it before
-    /// [`Self::acknowledge_table`].
-    pub fn send_table(&self, guest: &Guest, uffd: Uffd) -> Result<Client> {
+    /// The memory table, or its slots, first two steps: the back-end says where it has mapped the memory. Nothing may
+    /// touch it before [`Self::acknowledge_memory`].
+    pub fn send_memory(&self, guest: &Guest, uffd: Uffd) -> Result<Client> {
+        let slots = if self.has(protocol::CONFIGURE_MEM_SLOTS) {
+            self.add_slots(guest)?
+        } else {
+            vec![Slot { at: 0, len: guest.map.len(), base: self.send_table(guest)? }]
+        };
+        let page = guest.layout.page;
+        for slot in &slots {
+            let base = slot.base;
+            ensure!(base % page == 0 && base != 0, "the back-end's address {base:#x} is no page's");
+        }
+        Ok(Client { uffd, slots, page })
+    }
+
+    /// Rings and buffers in a slot each.
+    fn add_slots(&self, guest: &Guest) -> Result<Vec<Slot>> {
+        let first = guest.layout.first_buffer();
+        let pieces = [(0, first), (first, guest.map.len() - first)];
+        let mut slots = Vec::new();
+        for (at, len) in pieces {
+            let request = mem_reg([at, len, guest.map.address() + at, at]);
+            self.wire.tell(msg::ADD_MEM_REG, &request, &[guest.file.as_raw_fd()])?;
+            let reply = self.wire.reply_to(msg::ADD_MEM_REG).context("a slot's answer")?;
+            slots.push(Slot { at, len, base: mapped_at(&request, &reply.payload)? });
+        }
+        Ok(slots)
+    }
+
+    /// Returns the back-end's address of the memory.
+    fn send_table(&self, guest: &Guest) -> Result<u64> {
         let ours = [0, guest.map.len(), guest.map.address(), 0];
         let request = mem_table(&[ours]);
         self.wire.tell(msg::SET_MEM_TABLE, &request, &[guest.file.as_raw_fd()])?;
         let reply = self.wire.reply_to(msg::SET_MEM_TABLE).context("the table's answer")?;
-        let mut expected = request.clone();
-        ensure!(reply.payload.len() == expected.len(), "a table of {} bytes", reply.payload.len());
-        // Header of 8, guest address, size, then the user address, which is the back-end's now.
-        let place = 8 + 16..8 + 24;
-        expected[place.clone()].copy_from_slice(&reply.payload[place.clone()]);
-        ensure!(reply.payload == expected, "another table came back: {:x?}", reply.payload);
-        let base = u64::from_ne_bytes(reply.payload[place].try_into().expect("eight bytes"));
-        ensure!(base % super::PAGE == 0 && base != 0, "the back-end's address {base:#x} is no page's");
-        Ok(Client { uffd, base })
+        mapped_at(&request, &reply.payload)
     }
 
-    /// SET_MEM_TABLE, last step: from here on the back-end may fault. QEMU sends 8 bytes, not an empty message.
-    pub fn acknowledge_table(&self) -> Result<()> {
-        Ok(self.wire.tell(msg::SET_MEM_TABLE, &0u64.to_ne_bytes(), &[])?)
+    /// The last step: from here on the back-end may fault. QEMU sends 8 bytes, not an empty message, and one message
+    /// for all slots.
+    pub fn acknowledge_memory(&self) -> Result<()> {
+        let slots = self.has(protocol::CONFIGURE_MEM_SLOTS);
+        let request = if slots { msg::ADD_MEM_REG } else { msg::SET_MEM_TABLE };
+        Ok(self.wire.tell(request, &0u64.to_ne_bytes(), &[])?)
+    }
+
+    /// The memory table of a machine that has all its memory.
+    pub fn set_table(&self, guest: &Guest) -> Result<()> {
+        let request = mem_table(&[[0, guest.map.len(), guest.map.address(), 0]]);
+        self.wire.tell(msg::SET_MEM_TABLE, &request, &[guest.file.as_raw_fd()])?;
+        self.ping().map(drop)
     }
 
     /// Configures and starts one ring.
@@ -211,4 +258,15 @@ impl Session {
         }
         Ok(())
     }
+}
+
+/// The back-end's address in its answer to a table of one region, or to a slot; nothing else may differ.
+fn mapped_at(request: &[u8], answer: &[u8]) -> Result<u64> {
+    ensure!(answer.len() == request.len(), "an answer of {} bytes", answer.len());
+    // Header of 8, guest address, size, then the user address, which is the back-end's now.
+    let place = 8 + 16..8 + 24;
+    let mut expected = request.to_vec();
+    expected[place.clone()].copy_from_slice(&answer[place.clone()]);
+    ensure!(answer == expected, "another table came back: {answer:x?}");
+    Ok(u64::from_ne_bytes(answer[place].try_into().expect("eight bytes")))
 }

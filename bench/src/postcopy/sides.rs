@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::driver::Direction;
+use super::second::SecondPort;
 use crate::testpmd::{Memory, Testpmd, TestpmdConfig};
 use crate::{interrupt, procstat};
 
@@ -26,8 +27,9 @@ const END_TIMEOUT: Duration = Duration::from_secs(3);
 /// A contender.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Side {
-    /// Whatever listens there; started by somebody else, for the directions that were asked for.
-    Socket(PathBuf),
+    /// Whatever listens there, at one socket for each port; started by somebody else, for the directions that were
+    /// asked for.
+    Socket(Vec<PathBuf>),
     /// testpmd with `net_vhost`, `postcopy-support=1`
     Dpdk(Memory),
     /// `vhost-user-net`
@@ -44,10 +46,18 @@ impl Side {
         }
     }
 
-    /// Why this side cannot take part in a direction.
-    pub fn objection(&self, direction: Direction) -> Option<&'static str> {
-        (matches!(self, Self::Ours(_)) && direction == Direction::Echo)
-            .then_some("no uplink of ours sends packets back to their sender")
+    /// Why this side cannot take part in a direction, with this at the second port.
+    pub fn objection(&self, direction: Direction, second: Option<SecondPort>) -> Option<&'static str> {
+        match (self, direction, second) {
+            (Self::Ours(_), Direction::Echo, _) => {
+                Some("no uplink of ours sends packets back to their sender")
+            }
+            (Self::Dpdk(_), Direction::Rx | Direction::Echo, Some(SecondPort::Steady { .. })) => {
+                Some("all ports of a testpmd do the same, and the second one is to drop packets")
+            }
+            (Self::Socket(list), _, Some(_)) if list.len() < 2 => Some("--socket names one port only"),
+            _ => None,
+        }
     }
 }
 
@@ -60,31 +70,45 @@ enum Process {
 /// A back-end that listens. Dropping it ends it.
 pub struct BackEnd {
     process: Process,
-    socket: PathBuf,
+    sockets: Vec<PathBuf>,
     _folder: Option<tempfile::TempDir>,
 }
 
 impl BackEnd {
-    /// Starts one for packets of a direction.
-    pub fn start(side: &Side, direction: Direction) -> Result<Self> {
-        if let Side::Socket(path) = side {
-            return Ok(Self { process: Process::None, socket: path.clone(), _folder: None });
+    /// Starts one for packets of a direction at its first port, with or without a second one.
+    pub fn start(side: &Side, direction: Direction, second: Option<SecondPort>) -> Result<Self> {
+        if let Side::Socket(paths) = side {
+            return Ok(Self { process: Process::None, sockets: paths.clone(), _folder: None });
         }
         let folder = tempfile::Builder::new().prefix("vub-").tempdir()?;
-        let socket = folder.path().join("vhost.sock");
-        let path = socket.to_str().context("socket path")?.to_string();
+        let ports = if second.is_some() { 2 } else { 1 };
+        let sockets: Vec<PathBuf> =
+            (0..ports).map(|port| folder.path().join(format!("vhost{port}.sock"))).collect();
+        let paths: Vec<String> = sockets.iter().map(|socket| socket.display().to_string()).collect();
         let process = match side {
             Side::Ours(program) => {
-                let uplink = if direction == Direction::Rx { "null:generate" } else { "null" };
+                let uplink = |port: usize| match (port, second) {
+                    // Only what is measured gets packets, or what does the same.
+                    (1, Some(SecondPort::Steady { .. })) => "null",
+                    _ if direction == Direction::Rx => "null:generate",
+                    _ => "null",
+                };
+                let port = |(port, path): (usize, &String)| {
+                    format!("[[port]]\nname = 'port{port}'\nsocket = '{path}'\nuplink = '{}'\n", uplink(port))
+                };
+                let file = folder.path().join("ports.toml");
+                std::fs::write(&file, paths.iter().enumerate().map(port).collect::<String>())?;
                 let mut command = Command::new(program);
-                command.args(["--socket-path", &path, "--uplink", uplink, "--log", "warn"]);
-                Process::Plain(spawn(command, &socket)?)
+                command.arg("--config").arg(&file).args(["--log", "warn"]);
+                Process::Plain(spawn(command, &sockets)?)
             }
             Side::Dpdk(memory) => {
                 let config = TestpmdConfig {
                     name: format!("vbp{}", std::process::id()),
                     cpu: BACKEND_CPU,
-                    vdevs: vec![format!("net_vhost0,iface={path},postcopy-support=1")],
+                    vdevs: (paths.iter().enumerate())
+                        .map(|(port, path)| format!("net_vhost{port},iface={path},postcopy-support=1"))
+                        .collect(),
                     memory: *memory,
                     memory_mib: MEMORY_MIB,
                     queue_pairs: 1,
@@ -102,12 +126,12 @@ impl BackEnd {
             }
             Side::Socket(_) => Process::None,
         };
-        Ok(Self { process, socket, _folder: Some(folder) })
+        Ok(Self { process, sockets, _folder: Some(folder) })
     }
 
-    /// Where it listens.
-    pub fn socket(&self) -> &Path {
-        &self.socket
+    /// Where it listens, port by port.
+    pub fn sockets(&self) -> &[PathBuf] {
+        &self.sockets
     }
 
     /// Its process id, if it was started here.
@@ -147,13 +171,13 @@ fn free_control_thread(pid: u32) -> Result<()> {
     Ok(())
 }
 
-fn spawn(mut command: Command, socket: &Path) -> Result<Child> {
+fn spawn(mut command: Command, sockets: &[PathBuf]) -> Result<Child> {
     command.stdin(Stdio::null()).process_group(0);
     procstat::pin_and_die_with_parent(&mut command, Some(BACKEND_CPU));
     let mut child = command.spawn().with_context(|| format!("starting {command:?}"))?;
     interrupt::wait_for("the back-end's socket", START_TIMEOUT, || {
         ensure!(child.try_wait()?.is_none(), "the back-end ended at once: {command:?}");
-        Ok(socket.exists())
+        Ok(sockets.iter().all(|socket| socket.exists()))
     })?;
     Ok(child)
 }

@@ -6,6 +6,8 @@ use serde::Serialize;
 
 use super::findings;
 use super::run::{Case, Outcome};
+use super::steady::Flow;
+use super::suite::{self, Verdict};
 use crate::report::{Spread, table};
 
 /// One measurement of one side.
@@ -34,12 +36,13 @@ pub struct Row {
 pub struct Report {
     rows: Vec<Row>,
     notes: Vec<String>,
+    verdicts: Vec<Verdict>,
 }
 
 type Number = fn(&Outcome) -> Option<f64>;
 
 /// Names, digits behind the point, numbers.
-const LINES: [(&str, usize, Number); 18] = [
+const LINES: [(&str, usize, Number); 32] = [
     ("ring start to packets, ms", 1, |o| o.to_packets_ms),
     ("ring start to 90 % of full rate, ms", 1, |o| o.to_full_rate_ms),
     ("full rate, Mpps", 2, |o| o.full_rate_pps.map(|r| r / 1e6)),
@@ -51,14 +54,36 @@ const LINES: [(&str, usize, Number); 18] = [
     ("GET_FEATURES in a stall, p50 ms", 3, |o| o.ping.map(|t| t.p50_ms)),
     ("GET_FEATURES in a stall, p99 ms", 3, |o| o.ping.map(|t| t.p99_ms)),
     ("GET_FEATURES in a stall, max ms", 3, |o| o.ping.map(|t| t.max_ms)),
+    ("asking thread itself late, p99 ms", 3, |o| o.own_delay.map(|t| t.p99_ms)),
+    ("asking thread itself late, max ms", 3, |o| o.own_delay.map(|t| t.max_ms)),
     ("GET_VRING_BASE in a stall, p50 ms", 3, |o| o.stop.map(|t| t.p50_ms)),
     ("GET_VRING_BASE in a stall, p99 ms", 3, |o| o.stop.map(|t| t.p99_ms)),
     ("GET_VRING_BASE in a stall, max ms", 3, |o| o.stop.map(|t| t.max_ms)),
     ("POSTCOPY_END, ms", 3, |o| o.end_ms),
     ("back-end ready but without CPU, %", 0, |o| o.cpu_missing_percent),
+    ("second port alone, p50 us", 1, |o| alone(o)?.latency.map(|l| l.p50_us)),
+    ("second port alone, p99 us", 1, |o| alone(o)?.latency.map(|l| l.p99_us)),
+    ("second port alone, max us", 0, |o| alone(o)?.latency.map(|l| l.max_us)),
+    ("second port alone, lost", 0, |o| Some(alone(o)?.lost as f64)),
+    ("second port beside a stall, p50 us", 1, |o| beside(o)?.latency.map(|l| l.p50_us)),
+    ("second port beside a stall, p99 us", 1, |o| beside(o)?.latency.map(|l| l.p99_us)),
+    ("second port beside a stall, p99.9 us", 1, |o| beside(o)?.latency.map(|l| l.p999_us)),
+    ("second port beside a stall, max us", 0, |o| beside(o)?.latency.map(|l| l.max_us)),
+    ("second port beside a stall, sent", 0, |o| Some(beside(o)?.sent as f64)),
+    ("second port beside a stall, lost or stuck", 0, |o| beside(o).map(|f| (f.lost + f.unused) as f64)),
+    ("second port, not sent by our own delay", 0, |o| Some((alone(o)?.skipped + beside(o)?.skipped) as f64)),
+    ("stalled second port, outstanding", 0, |o| o.second_outstanding.map(|n| n as f64)),
     ("GET_VRING_BASE is answered, 1 = yes", 0, |o| o.stuck.map(|s| f64::from(u8::from(s.stop_answered)))),
     ("port usable afterwards, 1 = yes", 0, |o| o.stuck.map(|s| f64::from(u8::from(s.usable_again)))),
 ];
+
+fn alone(outcome: &Outcome) -> Option<Flow> {
+    outcome.second.map(|second| second.alone)
+}
+
+fn beside(outcome: &Outcome) -> Option<Flow> {
+    outcome.second.map(|second| second.beside)
+}
 
 impl Report {
     /// Adds a measurement.
@@ -73,9 +98,20 @@ impl Report {
         }
     }
 
+    /// Compares all rows with the numbers to reach.
+    pub fn judge(&mut self) {
+        self.verdicts = suite::verdicts(&self.rows);
+    }
+
     /// Whether every measurement came off and nothing wrong was found.
     pub fn is_clean(&self) -> bool {
         self.rows.iter().all(|row| row.outcome.as_ref().is_ok_and(|o| o.wrong.is_empty()))
+    }
+
+    /// Whether ours did, and reached all numbers.
+    pub fn is_reached(&self) -> bool {
+        let mut ours = self.rows.iter().filter(|row| row.side == "ours");
+        ours.all(|row| row.outcome.is_ok()) && self.verdicts.iter().all(|v| v.reached != Some(false))
     }
 
     /// For programs.
@@ -105,6 +141,9 @@ impl Report {
                     out.push_str(&format!("! {} in round {}: {line}\n", row.side, row.round));
                 }
             }
+        }
+        if !self.verdicts.is_empty() {
+            out.push_str(&suite::text(&self.verdicts));
         }
         self.notes.iter().for_each(|note| out.push_str(&format!("\nnote: {note}")));
         out + "\n"

@@ -6,8 +6,11 @@ use std::time::Duration;
 use super::driver::Direction;
 use super::fake::{Fake, Manner};
 use super::findings::Wrong;
+use super::guest::Backing;
 use super::run::{Case, Outcome, measure};
 use super::schedule::Link;
+use super::second::SecondPort;
+use super::suite;
 use super::table::{Report, Row};
 use super::uffd::Uffd;
 
@@ -21,6 +24,10 @@ fn case(direction: Direction, latency_us: Option<u64>) -> Case {
         ring_size: RING,
         buffers: RING.into(),
         frame: 64,
+        memory: Backing::Memfd,
+        slots: false,
+        second: None,
+        watch: None,
         rings_arrived: true,
         mergeable: false,
         packets: 500,
@@ -37,8 +44,9 @@ fn run(name: &str, manner: Manner, case: &Case) -> Option<Outcome> {
         lab::skip(name, &format!("userfaultfd: {error}"));
         return None;
     }
-    let fake = Fake::start(manner).expect("a back-end");
-    Some(measure(&fake.socket, case).unwrap_or_else(|error| panic!("{name}: {error:#}")))
+    let ports = [Fake::start(manner).expect("a port"), Fake::start(Manner::Honest).expect("another port")];
+    let sockets = ports.each_ref().map(|fake| fake.socket.clone());
+    Some(measure(&sockets, case).unwrap_or_else(|error| panic!("{name}: {error:#}")))
 }
 
 fn kinds(outcome: &Outcome) -> Vec<Wrong> {
@@ -92,6 +100,71 @@ fn a_hole_that_is_filled_at_teardown_is_found() {
     let Some(out) = run("teardown", Manner::UnregistersFirst, &case) else { return };
     assert_eq!(kinds(&out), [Wrong::HoleGone], "{:?}", out.wrong);
     assert!(!out.stuck.expect("for ever").stop_answered);
+}
+
+#[test]
+fn a_second_port_sends_while_the_first_stalls() {
+    let mut case = case(Direction::Tx, Some(5000));
+    case.second = Some(SecondPort::Steady { pps: 20_000 });
+    case.watch = Some(Duration::from_millis(200));
+    let Some(out) = run("second port", Manner::Honest, &case) else { return };
+    assert!(out.wrong.is_empty(), "{:?}", out.wrong);
+    let second = out.second.expect("second port");
+    for (flow, ms) in [(second.alone, 50), (second.beside, 200)] {
+        let due = flow.sent + flow.lost + flow.skipped;
+        assert!(flow.sent > 0 && flow.latency.is_some_and(|l| l.p50_us <= l.max_us), "{flow:?}");
+        // So many are due in that time; a busy machine makes it longer, never much shorter.
+        assert!(due >= ms * 10, "{flow:?}");
+    }
+    assert!(out.to_packets_ms.is_none() && out.ping.is_some() && out.own_delay.is_some());
+}
+
+#[test]
+fn a_second_port_that_is_stalled_for_ever_keeps_its_holes() {
+    let mut case = case(Direction::Tx, Some(500));
+    case.second = Some(SecondPort::Stalled);
+    let Some(out) = run("stalled", Manner::Honest, &case) else { return };
+    assert!(out.to_packets_ms.is_some());
+    assert_eq!(out.second_outstanding, Some(1));
+    assert!(out.wrong.is_empty(), "{:?}", out.wrong);
+}
+
+#[test]
+fn memory_of_other_kinds() {
+    let mut case = case(Direction::Tx, Some(200));
+    case.memory = Backing::Shm;
+    let Some(out) = run("shm", Manner::Honest, &case) else { return };
+    assert!(out.wrong.is_empty() && out.to_packets_ms.is_some(), "{:?}", out.wrong);
+    case.slots = true;
+    let fake = Fake::start(Manner::Honest).expect("a back-end");
+    let error = measure(std::slice::from_ref(&fake.socket), &case).expect_err("it offers no slots");
+    assert!(error.to_string().contains("CONFIGURE_MEM_SLOTS"), "{error:#}");
+}
+
+#[test]
+fn numbers_to_reach_are_judged() {
+    let base = case(Direction::Tx, Some(5000));
+    let mut fast = base.clone();
+    fast.link.latency_ns = Some(200_000);
+    let Some(out) = run("verdicts", Manner::Honest, &fast) else { return };
+    let row = |side, round, ms: f64, outstanding_max| {
+        let mut outcome = out.clone();
+        outcome.to_packets_ms = Some(ms);
+        outcome.faults.outstanding_max = outstanding_max;
+        let (label, case, outcome) = ("tx".into(), base.clone(), Ok(outcome));
+        Row { side, round, label, case, latency_us: Some(5000), bandwidth: 0, background: 0, outcome }
+    };
+    let rows = [row("ours", 1, 10.0, 256), row("dpdk", 1, 1320.0, 1), row("ours", 2, 12.0, 190)];
+    let verdicts = suite::verdicts(&rows);
+    let reached = |what: &str| verdicts.iter().find(|v| v.what.starts_with(what)).expect("verdict").reached;
+    assert_eq!(reached("tx: ring start"), Some(true));
+    assert_eq!(reached("tx: faults outstanding"), Some(true));
+    assert_eq!(reached("tx: 10,000 packets beside"), Some(false), "it never got there");
+    assert_eq!((reached("rx: ring start"), reached("second port")), (None, None));
+    assert_eq!(reached("runs in which something was wrong"), Some(true));
+    let cases = suite::cases(&base);
+    assert_eq!(cases.iter().filter(|c| c.second.is_some()).count(), 4);
+    assert!(cases.iter().filter(|c| c.stops > 0).all(|c| suite::at_side(c, "dpdk").stops < c.stops));
 }
 
 #[test]

@@ -8,8 +8,6 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use super::PAGE;
-
 const UFFD_API: u64 = 0xaa;
 const MODE_MISSING: u64 = 1;
 const EVENT_PAGEFAULT: u8 = 0x12;
@@ -112,14 +110,14 @@ impl Uffd {
         Ok(())
     }
 
-    /// Places one page, at once and whole. `false`: there was a page already (EEXIST).
+    /// Places one page of `len` bytes, at once and whole. `false`: there was a page already (EEXIST).
     ///
     /// # Safety
     /// `to` must be a page of a mapping that nothing reaches by reference, registered with this userfaultfd, and
-    /// `from` readable for a page.
-    pub unsafe fn place(&self, to: u64, from: *const u8) -> io::Result<bool> {
+    /// `from` readable for `len` bytes.
+    pub unsafe fn place(&self, to: u64, from: *const u8, len: u64) -> io::Result<bool> {
         loop {
-            let mut copy = UffdioCopy { dst: to, src: from as u64, len: PAGE, mode: 0, copy: 0 };
+            let mut copy = UffdioCopy { dst: to, src: from as u64, len, mode: 0, copy: 0 };
             // SAFETY: `copy` is what UFFDIO_COPY takes; the caller vouches for both addresses.
             match unsafe { ioctl::copy(self.0.as_raw_fd(), &mut copy) } {
                 Ok(_) => return Ok(true),

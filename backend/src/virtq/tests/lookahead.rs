@@ -59,7 +59,7 @@ fn pages(range: MissingRange) -> impl Iterator<Item = u64> {
 
 fn look(queue: &mut SplitQueue, mem: &GuestMemory) -> Vec<(MissingRange, Purpose)> {
     let mut told = Vec::new();
-    queue.look_ahead(mem, SIZE, &mut Chain::new(), |range, purpose| told.push((range, purpose)));
+    queue.look_ahead(mem, 0, SIZE, &mut Chain::new(), |range, purpose| told.push((range, purpose)));
     told
 }
 
@@ -137,7 +137,7 @@ fn a_look_has_an_end() {
     let mut queue = SplitQueue::new(&mem, &driver.config).unwrap();
     let mut told = 0;
     let mut bytes = 0;
-    queue.look_ahead(&mem, 1024, &mut Chain::new(), |range, _| {
+    queue.look_ahead(&mem, 0, 1024, &mut Chain::new(), |range, _| {
         told += 1;
         bytes = bytes.max(range.len);
     });
