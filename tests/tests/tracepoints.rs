@@ -118,7 +118,12 @@ impl Drop for Perf {
 #[test]
 fn perf_counts_rings_that_start() -> Result<()> {
     const NAME: &str = "perf_counts_rings_that_start";
-    let can_probe = Path::new("/sys/kernel/tracing/uprobe_events").exists();
+    // Not mounted everywhere; it stays, as after bpftrace and perf themselves.
+    let events = Path::new("/sys/kernel/tracing/uprobe_events");
+    if !events.exists() {
+        let _ = Command::new("mount").args(["-t", "tracefs", "nodev", "/sys/kernel/tracing"]).status();
+    }
+    let can_probe = events.exists();
     if find_in_path("perf").is_none() || !can_probe || !nix::unistd::geteuid().is_root() {
         skip(NAME, "there is no perf, or no right to use it (and tracefs) for probes");
         return Ok(());

@@ -8,7 +8,7 @@ use super::Port;
 use super::helper::Job;
 use super::plan::{Purpose, Step, release};
 use crate::memory::{GuestMemory, Mapping, MissingRange, ResidencyMap};
-use crate::observe::Armed;
+use crate::observe::{Armed, trace};
 use crate::postcopy::engine::{Engine, RegionId};
 use crate::postcopy::uffd::Userfaultfd;
 use crate::session::Outcome;
@@ -84,6 +84,7 @@ impl Port {
                     _observed: Some(self.observer.arm()),
                     ..Postcopy::default()
                 };
+                trace::phase(self.id, trace::Phase::Advised);
                 self.note(&"postcopy: advised");
             }
             // Closing it takes the lock of the whole address space.
@@ -95,6 +96,7 @@ impl Port {
     /// POSTCOPY_LISTEN. Memory that is mapped already (early configuration, slots) is awaited from now on, like all that
     /// comes: what its holes will hold nobody has said yet.
     pub(crate) fn postcopy_listen(&mut self, engine: &mut Engine) {
+        trace::phase(self.id, trace::Phase::Listening);
         self.note(&format_args!("postcopy: listening, {}", self.postcopy.age()));
         let Some(uffd) = self.postcopy.uffd.clone().filter(|_| !self.memory.mappings().is_empty()) else {
             return;
@@ -167,6 +169,7 @@ impl Port {
         let Postcopy { pages_asked, .. } = self.postcopy;
         let age = self.postcopy.age();
         let parks = self.counts().parks;
+        trace::phase(self.id, trace::Phase::Ended);
         self.note(&format_args!("postcopy: ended, {age}; {pages_asked} pages asked for, {parks} parks"));
         let Postcopy { uffd, regions, .. } = std::mem::take(&mut self.postcopy);
         self.memory = self.memory.with_residency(&[]);

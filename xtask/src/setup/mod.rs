@@ -31,8 +31,11 @@ const DPDK_DRIVERS: [&str; 6] = [
     "librte-net-af-xdp",
 ];
 
+/// What looks at the back-end from outside, with Debian's package of each.
+const TRACERS: [(&str, &str); 3] = [("bpftool", "bpftool"), ("bpftrace", "bpftrace"), ("perf", "linux-perf")];
+
 /// What to install by hand where this command cannot do it.
-const BY_HAND: &str = "iproute2, bpftool, QEMU >= 8.2 for x86-64 (qemu-system-x86), DPDK's testpmd with the vhost, virtio, \
+const BY_HAND: &str = "iproute2, bpftool, bpftrace, perf, QEMU >= 8.2 for x86-64 (qemu-system-x86), DPDK's testpmd with the vhost, virtio, \
     tap and af_xdp drivers (dpdk-dev)";
 
 /// Which parts are wanted.
@@ -53,7 +56,7 @@ pub fn run(parts: Parts) -> Result<Artefacts> {
     if let Ok(found) = Artefacts::in_dir(&dir)
         && guest::is_current(&found.initramfs)
         && (parts == Parts::Guest
-            || found.testpmd.is_some() && found.newer_kernel.is_some() && has_dpdk_drivers() && has_bpftool())
+            || found.testpmd.is_some() && found.newer_kernel.is_some() && has_dpdk_drivers() && has_tracers())
     {
         println!("setup: the lab in {} is complete", dir.display());
         return Ok(found);
@@ -68,8 +71,8 @@ pub fn run(parts: Parts) -> Result<Artefacts> {
     })?;
 
     step("iproute2", || ensure_ip(&apt))?;
-    if parts == Parts::All && !has_bpftool() {
-        step("bpftool", || apt.install(&["bpftool"]))?;
+    if parts == Parts::All && !has_tracers() {
+        step("bpftool, bpftrace, perf", || ensure_tracers(&apt))?;
     }
     let (qemu, qemu_data) = step("QEMU", || ensure_qemu(&apt, &dir))?;
     let testpmd = match parts {
@@ -116,8 +119,13 @@ fn ensure_ip(apt: &Apt) -> Result<()> {
     Ok(())
 }
 
-fn has_bpftool() -> bool {
-    lab::find_in_path("bpftool").is_some()
+fn has_tracers() -> bool {
+    TRACERS.iter().all(|(program, _)| lab::find_in_path(program).is_some())
+}
+
+fn ensure_tracers(apt: &Apt) -> Result<()> {
+    let missing = TRACERS.iter().filter(|(program, _)| lab::find_in_path(program).is_none());
+    apt.install(&missing.map(|(_, package)| *package).collect::<Vec<_>>())
 }
 
 /// Finds or fetches QEMU; returns the program and the folders that `-L` must name.
