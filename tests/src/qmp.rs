@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use crate::wait::PATIENCE;
+use crate::wait::{PATIENCE, connect};
 
 /// Time one read may wait before the deadline is looked at.
 const READ_TIMEOUT: Duration = Duration::from_millis(200);
@@ -27,8 +27,7 @@ pub struct Qmp {
 impl Qmp {
     /// Connects, reads the greeting and enters command mode.
     pub fn connect(path: &Path) -> Result<Self> {
-        let writer =
-            UnixStream::connect(path).with_context(|| format!("connecting to {}", path.display()))?;
+        let writer = connect(path)?;
         writer.set_read_timeout(Some(READ_TIMEOUT))?;
         let reader = BufReader::new(writer.try_clone()?);
         let mut qmp = Self { reader, writer, partial: Vec::new(), events: VecDeque::new() };

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::wait::PATIENCE;
+use crate::wait::{PATIENCE, connect};
 
 /// What `init.sh` says when it takes commands.
 const READY: &str = "guest: ready";
@@ -46,8 +46,7 @@ impl Received {
 impl Shell {
     /// Connects to the chardev's socket; the guest need not run yet.
     pub fn connect(path: &Path) -> Result<Self> {
-        let stream =
-            UnixStream::connect(path).with_context(|| format!("connecting to {}", path.display()))?;
+        let stream = connect(path)?;
         let received = Arc::new(Received::default());
         let (mut reader, sink) = (stream.try_clone()?, Arc::clone(&received));
         std::thread::spawn(move || {
