@@ -390,7 +390,7 @@ pub(super) fn prefetch_line(at: NonNull<u8>) {
 /// As `prefetch_line`, for ownership of the line. The intrinsic becomes a plain prefetch unless the build names a CPU that
 /// has PREFETCHW; the instruction itself does nothing on those that have not.
 #[inline(always)]
-fn prefetch_line_write(at: NonNull<u8>) {
+pub(super) fn prefetch_line_write(at: NonNull<u8>) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch does not fault and changes nothing.
     unsafe {

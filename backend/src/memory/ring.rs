@@ -22,7 +22,7 @@ use virtio_queue::desc::split::Descriptor;
 
 use super::copy;
 use super::dirty::DirtyLog;
-use super::guest::{Found, prefetch_line};
+use super::guest::{Found, prefetch_line, prefetch_line_write};
 use super::mapping::Mapping;
 use super::residency::ResidencyMap;
 use super::{AccessError, GuestMemory, MissingRange};
@@ -319,6 +319,14 @@ impl<'a> RingAccess<'a> {
         prefetch_line(unsafe {
             self.view.desc.add(usize::from(index & self.view.mask) * DESC_SIZE as usize)
         });
+    }
+
+    /// Asks the CPU for the line of the used element of free-running index `index`, which is going to be written, as a hint.
+    #[inline(always)]
+    pub fn prefetch_used(self, index: u16) {
+        let slot = usize::from(index & self.view.mask);
+        // SAFETY: the masked index lies in the ring.
+        prefetch_line_write(unsafe { self.view.used.add(RING + slot * USED_ELEM) });
     }
 
     /// `used.idx`, which only we write: for the start, when somebody else did before us.

@@ -188,6 +188,10 @@ pub trait UplinkQueue: Send {
     fn send_burst(&mut self, burst: &Burst<'_>, outcomes: &mut Vec<Result<(), SendError>>) {
         send_each(burst, outcomes, |frame| self.send(frame));
     }
+    /// Frames that wait to be received, as far as that is easily known; for hints only.
+    fn waiting(&mut self) -> u32 {
+        0
+    }
     /// Receives one frame, header first, into the buffers in their order. Returns its length in bytes, header
     /// included; a frame longer than the buffers is cut off.
     ///

@@ -402,6 +402,26 @@ const DESCRIPTORS_AHEAD: u16 = 8;
 const LINE_BYTES: u64 = 64;
 
 impl SplitQueue {
+    /// Asks the CPU for all that the next `n` chains will need: descriptors, first lines of buffers, used elements. A burst
+    /// that begins after a pause finds none of it in its cache, and would wait for one line after the other. What it reads
+    /// serves the hint only.
+    pub fn prefetch_burst(&mut self, mem: &GuestMemory, n: u16) {
+        let n = self.available().map_or(0, |known| known.min(n));
+        let (first, used) = (self.next_avail.get(), self.next_used.get());
+        let Ok(ring) = self.ring.access() else { return };
+        for i in 0..n {
+            ring.prefetch_descriptor(ring.avail_head(first.wrapping_add(i)));
+        }
+        for i in 0..n {
+            if let Some(descriptor) = ring.descriptor(ring.avail_head(first.wrapping_add(i))) {
+                let addr = descriptor.addr().0;
+                mem.prefetch_write(addr);
+                mem.prefetch_write(addr.wrapping_add(LINE_BYTES));
+            }
+            ring.prefetch_used(used.wrapping_add(i));
+        }
+    }
+
     /// Asks the CPU for the first lines of the buffer of the chain that is `ahead` places behind the next, which is going
     /// to be written, and for the descriptor of one further behind, whose turn comes next. What it reads serves the
     /// hint only.

@@ -4,7 +4,7 @@
 //! each ring (`half`). Nothing sleeps.
 #![forbid(unsafe_code)]
 
-use super::arrivals::{self, Arrivals, Next};
+use super::arrivals::{Arrivals, Next};
 use super::datapath::Shared;
 use super::half::{Half, Ring};
 use super::wake::Wakes;
@@ -327,12 +327,12 @@ impl Pair {
             true => self.arrivals.ran_dry(Instant::now()),
             false => Next::Listen,
         };
-        if next == Next::Pause {
+        if let Next::Pause(pause) = next {
             if !std::mem::replace(&mut self.looking, true) {
                 self.uplink_polls.iter_mut().filter_map(Option::take).for_each(|op| reactor.cancel(op));
                 self.uplink_epoch = self.uplink_epoch.wrapping_add(1);
             }
-            reactor.timer(arrivals::PAUSE, self.token(What::UplinkLook).into());
+            reactor.timer(pause, self.token(What::UplinkLook).into());
         } else {
             self.looking = false;
             self.watch_uplink(reactor);

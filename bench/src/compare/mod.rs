@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 mod backend;
+mod others;
 mod table;
 
 use std::path::Path;
@@ -22,6 +23,7 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
 pub use backend::BackEnd;
+pub use others::undisturbed;
 pub use table::{Cell, Goal, Heading, Report, Rows, Unit, word};
 
 use crate::interrupt;

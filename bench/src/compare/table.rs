@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use serde::Serialize;
 
+use super::others::TOLERATED;
 use crate::report::{self, Spread};
 
 /// The contender that the others are held against.
@@ -39,7 +40,8 @@ pub struct Goal {
 
 /// The rows of a comparison, in their order.
 pub trait Rows: Copy + Ord {
-    /// What is measured, and the frame length in bytes.
+    /// What is measured, and the frame length in bytes. A title that begins with a blank says that it is the measurement of
+    /// the row above, seen in another way.
     fn title(self) -> (&'static str, usize);
     /// Unit of its numbers.
     fn unit(self) -> Unit;
@@ -60,6 +62,8 @@ pub struct Cell {
     pub cpu_share: f64,
     /// Share of packets lost between uplink and guest.
     pub lost: f64,
+    /// Share of the CPUs that processes took which have nothing to do with it, where that was measured.
+    pub others: f64,
 }
 
 impl Cell {
@@ -72,6 +76,7 @@ impl Cell {
             work_ns: each,
             cpu_share: cpu_ns as f64 / wall.as_nanos() as f64,
             lost,
+            others: 0.0,
         }
     }
 }
@@ -83,6 +88,7 @@ struct SideNumbers {
     work_ns_per_packet: Spread,
     cpu_share: Spread,
     lost: Spread,
+    others_share: Spread,
 }
 
 #[derive(Serialize)]
@@ -98,6 +104,13 @@ struct Row {
     /// Ours minus the bare loop, ns per packet.
     above_bare_ns: Option<f64>,
     verdict: String,
+}
+
+impl Row {
+    /// An indented title: the measurement of the row above seen in another way.
+    fn is_repeat(&self) -> bool {
+        self.row.starts_with(' ')
+    }
 }
 
 /// What stands over the table.
@@ -197,12 +210,19 @@ impl<W: Rows> Report<W> {
         out.push_str(&report::table(&head, &body));
         out.push_str(&cpu_text(names, &rows));
         out.push_str(&self.extra_text);
-        for r in &rows {
+        for r in rows.iter().filter(|r| !r.is_repeat()) {
             for (side, s) in &r.sides {
                 if s.lost.median > LOST {
                     let percent = s.lost.median * 100.0;
                     out.push_str(&format!(
                         "note: {} {} B: {side} lost {percent:.1} % of what it took\n",
+                        r.row, r.bytes
+                    ));
+                }
+                if s.others_share.median > TOLERATED {
+                    let percent = s.others_share.median * 100.0;
+                    out.push_str(&format!(
+                        "note: {} {} B: {side} was disturbed: others used {percent:.0} % of the CPUs\n",
                         r.row, r.bytes
                     ));
                 }
@@ -230,6 +250,7 @@ fn cpu_text(names: &[&'static str], rows: &[Row]) -> String {
     head.push("ours above bare");
     let body: Vec<Vec<String>> = rows
         .iter()
+        .filter(|r| !r.is_repeat())
         .map(|r| {
             let cost = |name: &str| r.sides.get(name).map(|s| s.cpu_ns_per_packet);
             let mut cells = vec![r.row.clone(), r.bytes.to_string()];
@@ -259,6 +280,7 @@ fn row<W: Rows>(what: W, sides: &BTreeMap<&'static str, Vec<Cell>>) -> Row {
                 work_ns_per_packet: spread(cells, |c| c.work_ns),
                 cpu_share: spread(cells, |c| c.cpu_share),
                 lost: spread(cells, |c| c.lost),
+                others_share: spread(cells, |c| c.others),
             };
             (name, numbers)
         })
@@ -325,7 +347,7 @@ mod tests {
     }
 
     fn cell(mpps: f64, cpu_ns: f64) -> Cell {
-        Cell { mpps, cpu_ns, work_ns: cpu_ns, cpu_share: 1.0, lost: 0.0 }
+        Cell { mpps, cpu_ns, work_ns: cpu_ns, cpu_share: 1.0, lost: 0.0, others: 0.0 }
     }
 
     #[test]

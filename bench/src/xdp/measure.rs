@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use lab::wire::Link;
+use nix::time::{ClockId, clock_gettime};
 
 use crate::compare::{BACKEND_CPU, BackEnd, Cell};
 use crate::generate::Generator;
@@ -31,11 +32,13 @@ pub fn sending(backend: &BackEnd, far: &Link, window: Duration) -> Result<Cell> 
 
 /// What a packet to the guest cost.
 pub struct Received {
-    /// Rate and CPU time. Of DPDK's, `work_ns` has what testpmd's own clock says about bursts with packets in them.
+    /// Rate and CPU time. Of DPDK's, `work_ns` is all but as many empty polls as were counted.
     pub cell: Cell,
-    /// The same CPU time per packet in another way, ns: of DPDK's, all but as many empty polls as were counted; of the
-    /// others', all that the CPU did.
+    /// The same CPU time per packet in another way, ns: of DPDK's, what testpmd's own clock says about polls that found
+    /// packets; of the others', all that the CPU did.
     pub check_ns: f64,
+    /// CPU time of the generator per packet, ns: making it, the veth, and what of its reception falls to this CPU.
+    pub generator_ns: f64,
 }
 
 /// Where packets to the guest end.
@@ -47,6 +50,14 @@ pub enum Sink<'a> {
 }
 
 impl Sink<'_> {
+    /// Its process, if it is one of its own.
+    pub fn pid(&self) -> Option<u32> {
+        match self {
+            Self::Guest(testpmd) => Some(testpmd.pid()),
+            Self::Loop(_) => None,
+        }
+    }
+
     fn count(&mut self) -> Result<u64> {
         match self {
             Self::Guest(testpmd) => Ok(testpmd.stats(0)?.rx_packets),
@@ -69,23 +80,30 @@ pub fn receiving(
     if let Some(testpmd) = backend.as_testpmd() {
         testpmd.clear_forward_stats()?;
     }
-    let (start, cpu, busy) = (Instant::now(), procstat::cpu_time_ns(pid)?, procstat::busy_ns(BACKEND_CPU)?);
+    let (start, own, idle) = (Instant::now(), thread_time()?, procstat::idle_ns(BACKEND_CPU)?);
+    let cpu = procstat::cpu_time_ns(pid)?;
     let sent = generator.paced_in_time(pps, window)?;
-    let wall = start.elapsed();
     let cpu = procstat::cpu_time_ns(pid)? - cpu;
-    let busy = procstat::busy_ns(BACKEND_CPU)? - busy;
+    let busy = start.elapsed().as_nanos() as f64 - (procstat::idle_ns(BACKEND_CPU)? - idle) as f64;
+    let (wall, own) = (start.elapsed(), thread_time()? - own);
     let polls = backend.as_testpmd().map(Testpmd::forward_stats).transpose()?;
     std::thread::sleep(SETTLE);
     let got = sink.count()? - received;
     ensure!(got > 0, "nothing reached the guest");
     let mut cell = Cell::of(got as f64, wall, cpu, 1.0 - got as f64 / sent as f64);
-    let Some((polls, empty_poll_ns)) = polls.zip(empty_poll_ns) else {
-        return Ok(Received { cell, check_ns: busy as f64 / got as f64 });
-    };
-    cell.work_ns = polls.busy_ns() / got as f64;
-    let empty = polls.rounds.saturating_sub(polls.bursts);
-    let check_ns = (cpu as f64 - empty as f64 * empty_poll_ns) / got as f64;
-    Ok(Received { cell, check_ns })
+    let generator_ns = own.as_nanos() as f64 / got as f64;
+    let mut check_ns = busy / got as f64;
+    if let Some((polls, empty_poll_ns)) = polls.zip(empty_poll_ns) {
+        let empty = polls.rounds.saturating_sub(polls.bursts);
+        cell.work_ns = (cpu as f64 - empty as f64 * empty_poll_ns) / got as f64;
+        check_ns = polls.busy_ns() / got as f64;
+    }
+    Ok(Received { cell, check_ns, generator_ns })
+}
+
+/// CPU time of the calling thread.
+fn thread_time() -> Result<Duration> {
+    Ok(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?.into())
 }
 
 /// What one round of DPDK's loop takes that finds nothing to do.

@@ -18,9 +18,9 @@ pub enum Kind {
     /// A bare AF_XDP loop: no ring to a guest, no guest
     Bare,
     /// testpmd with net_vhost and net_af_xdp, io forwarding, without busy polling in the kernel
-    Dpdk,
+    DpdkNobusy,
     /// The same with the driver's default: a busy-polling system call whenever nothing has come
-    DpdkBusy,
+    Dpdk,
     /// `vhost-user-net`
     Ours,
 }
@@ -42,7 +42,7 @@ impl Side {
         match self.kind {
             Kind::Bare => "bare",
             Kind::Dpdk => "dpdk",
-            Kind::DpdkBusy => "dpdk-busy",
+            Kind::DpdkNobusy => "dpdk-nobusy",
             Kind::Ours => "ours",
         }
     }
@@ -58,8 +58,8 @@ impl Side {
                 command.args(["--uplink", &format!("xdp:{name}{}", self.options)]);
                 BackEnd::spawn(command, "the back-end's socket", || socket.exists())
             }
-            Kind::Dpdk | Kind::DpdkBusy => {
-                let budget = if self.kind == Kind::Dpdk { ",busy_budget=0" } else { "" };
+            Kind::Dpdk | Kind::DpdkNobusy => {
+                let budget = if self.kind == Kind::DpdkNobusy { ",busy_budget=0" } else { "" };
                 let vhost = format!("net_vhost0,iface={path}");
                 let xdp = format!("net_af_xdp0,iface={name},start_queue=0,queue_count=1{budget}");
                 BackEnd::testpmd(vec![vhost, xdp])

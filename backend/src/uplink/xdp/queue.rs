@@ -356,6 +356,13 @@ impl UplinkQueue for XdpQueue {
         }
     }
 
+    fn waiting(&mut self) -> u32 {
+        if self.next == self.incoming.len() {
+            self.refill();
+        }
+        (self.incoming.len() - self.next) as u32
+    }
+
     #[inline]
     fn receive(&mut self, buffers: &[IoVec<'_>]) -> Result<usize, ReceiveError> {
         let header_len = self.port.header_len.load(Ordering::Relaxed).min(HDR_LEN);
