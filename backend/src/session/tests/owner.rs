@@ -41,6 +41,10 @@ impl CheckedOwner {
     pub fn carry_out<F>(&mut self, effect: &Effect<F>, refuse: bool) -> Outcome {
         if refuse {
             self.check(effect);
+            // An owner that cannot end a migration well has ended it all the same (see `Effect::PostcopyEnd`).
+            if matches!(effect, Effect::PostcopyEnd) {
+                (self.userfaultfd, self.listening) = (false, false);
+            }
             return Outcome::Refused("the test says no".into());
         }
         self.check(effect);
