@@ -24,6 +24,17 @@ pub struct Segment {
     pub len: u32,
 }
 
+impl Segment {
+    /// Appends segments that were stored field by field a moment ago, in the same way: a load that is wider than the store
+    /// it meets waits until all stores before that are done, to guest memory too.
+    #[inline]
+    pub fn append(to: &mut Vec<Self>, from: &[Self]) {
+        for segment in from {
+            to.push(Self { gpa: segment.gpa, len: segment.len });
+        }
+    }
+}
+
 /// What is wrong with a chain. The guest's fault; the chain is given back unused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ChainError {
