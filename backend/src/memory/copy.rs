@@ -96,42 +96,70 @@ struct Wide(u64);
 /// As for [`bulk_from_guest`]; `FROM`: the source is the guest's.
 #[inline(always)]
 unsafe fn bulk<const FROM: bool>(src: *const u8, dst: *mut u8, len: usize) {
+    const WIDE: usize = size_of::<Wide>();
+    let mut done = 0;
+    while len - done >= 4 * WIDE {
+        // Loads before stores: they need not wait for each other. By name and not in an array, which would lie on the
+        // stack: its stores would take the places of those that wait for lines of guest memory.
+        // SAFETY: four pieces lie within `len`.
+        unsafe {
+            let a = load::<Wide, FROM>(src.add(done));
+            let b = load::<Wide, FROM>(src.add(done + WIDE));
+            let c = load::<Wide, FROM>(src.add(done + 2 * WIDE));
+            let d = load::<Wide, FROM>(src.add(done + 3 * WIDE));
+            store::<Wide, FROM>(dst.add(done), a);
+            store::<Wide, FROM>(dst.add(done + WIDE), b);
+            store::<Wide, FROM>(dst.add(done + 2 * WIDE), c);
+            store::<Wide, FROM>(dst.add(done + 3 * WIDE), d);
+        }
+        done += 4 * WIDE;
+    }
     // SAFETY: each call goes on where the last one ended, within `len`.
     unsafe {
-        let done = pieces::<Wide, 4, FROM>(src, dst, 0, len);
-        let done = pieces::<Wide, 1, FROM>(src, dst, done, len);
-        let done = pieces::<Word, 1, FROM>(src, dst, done, len);
-        let done = pieces::<Half, 1, FROM>(src, dst, done, len);
-        pieces::<u8, 1, FROM>(src, dst, done, len);
+        let done = pieces::<Wide, FROM>(src, dst, done, len);
+        let done = pieces::<Word, FROM>(src, dst, done, len);
+        let done = pieces::<Half, FROM>(src, dst, done, len);
+        pieces::<u8, FROM>(src, dst, done, len);
     }
 }
 
-/// Copies from `done` on as many groups of `N` pieces as `len` has; returns how far it came.
+/// Copies from `done` on as many pieces as `len` has; returns how far it came.
 ///
 /// # Safety
 /// As for [`bulk_from_guest`]; `T` must have alignment 1.
 #[inline(always)]
-unsafe fn pieces<T: Copy, const N: usize, const FROM: bool>(
+unsafe fn pieces<T: Copy, const FROM: bool>(
     src: *const u8,
     dst: *mut u8,
     mut done: usize,
     len: usize,
 ) -> usize {
-    while len - done >= N * size_of::<T>() {
-        // SAFETY: the group lies within `len`.
-        let (from, to) = unsafe { (src.add(done).cast::<T>(), dst.add(done).cast::<T>()) };
-        // Loads before stores: they need not wait for each other.
-        let values: [T; N] = std::array::from_fn(|i| {
-            // SAFETY: within the group; T has alignment 1.
-            unsafe { if FROM { read_volatile(from.add(i)) } else { from.add(i).read() } }
-        });
-        for (i, value) in values.into_iter().enumerate() {
-            // SAFETY: as above.
-            unsafe { if FROM { to.add(i).write(value) } else { write_volatile(to.add(i), value) } }
-        }
-        done += N * size_of::<T>();
+    while len - done >= size_of::<T>() {
+        // SAFETY: the piece lies within `len`.
+        unsafe { store::<T, FROM>(dst.add(done), load::<T, FROM>(src.add(done))) };
+        done += size_of::<T>();
     }
     done
+}
+
+/// One move from the source; volatile if that is the guest's.
+///
+/// # Safety
+/// `from` must be valid for a read of a `T`, which must have alignment 1.
+#[inline(always)]
+unsafe fn load<T: Copy, const FROM: bool>(from: *const u8) -> T {
+    // SAFETY: the caller's promise.
+    unsafe { if FROM { read_volatile(from.cast::<T>()) } else { from.cast::<T>().read() } }
+}
+
+/// One move to the destination; volatile if that is the guest's.
+///
+/// # Safety
+/// `to` must be valid for a write of a `T`, which must have alignment 1.
+#[inline(always)]
+unsafe fn store<T: Copy, const FROM: bool>(to: *mut u8, value: T) {
+    // SAFETY: the caller's promise.
+    unsafe { if FROM { to.cast::<T>().write(value) } else { write_volatile(to.cast::<T>(), value) } }
 }
 
 /// One 16-byte descriptor as two little-endian words, each loaded once.

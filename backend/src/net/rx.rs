@@ -249,7 +249,7 @@ impl Receiver {
                 {
                     capacity += chain.writable_len();
                     heads.push((chain.head(), chain.writable_len()));
-                    append(segments, chain.writable());
+                    Segment::append(segments, chain.writable());
                 }
                 Ok(Taken::Chain) => {
                     context.ring.unpop(1);
@@ -276,15 +276,6 @@ impl Receiver {
         self.held.placed = placed;
         self.held.rest = rest;
         result
-    }
-}
-
-/// Appends, field by field: a chain's segments were stored so a moment ago, and a load that is wider than a store waits for
-/// all stores before it, to guest memory too.
-#[inline]
-fn append(to: &mut Vec<Segment>, from: &[Segment]) {
-    for segment in from {
-        to.push(Segment { gpa: segment.gpa, len: segment.len });
     }
 }
 

@@ -140,6 +140,7 @@ fn take(
     let Scratch { chain, taken, pieces, .. } = scratch;
     taken.clear();
     pieces.clear();
+    ring.prefetch_used(room as u16);
     let mut bytes = 0;
     while taken.len() < room && bytes < bytes_max && pieces.len() < BATCH_PIECES {
         let (head, verdict) = match ring.pop(memory, chain) {
@@ -156,7 +157,7 @@ fn take(
         let start = pieces.len();
         let mut len = 0;
         if verdict == Verdict::Send {
-            pieces.extend_from_slice(chain.readable());
+            Segment::append(pieces, chain.readable());
             len = chain.readable_len();
             bytes += len;
             // The driver wrote header and frame a moment ago: their lines are in another core's cache.

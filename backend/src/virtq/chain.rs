@@ -24,6 +24,17 @@ pub struct Segment {
     pub len: u32,
 }
 
+impl Segment {
+    /// Appends segments that were stored field by field a moment ago, in the same way: a load that is wider than the store
+    /// it meets waits until all stores before that are done, to guest memory too.
+    #[inline]
+    pub fn append(to: &mut Vec<Self>, from: &[Self]) {
+        for segment in from {
+            to.push(Self { gpa: segment.gpa, len: segment.len });
+        }
+    }
+}
+
 /// What is wrong with a chain. The guest's fault; the chain is given back unused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ChainError {
@@ -156,7 +167,9 @@ impl Chain {
         let mut left = ring.size();
         let result = loop {
             if descriptor.refers_to_indirect_table() {
-                break self.walk_indirect(&mut tally, mem, indirect, descriptor);
+                let (all, result) = self.walk_indirect(tally, mem, indirect, descriptor);
+                tally = all;
+                break result;
             }
             if let Err(why) = self.add(&mut tally, descriptor) {
                 break Err(why.into());
@@ -187,9 +200,23 @@ impl Chain {
         result
     }
 
-    /// The rest of the chain is in the table that `descriptor` names. Its own WRITE flag means nothing (§2.7.5.3.2).
+    /// The rest of the chain is in the table that `descriptor` names. The tally goes in and out by value: where its address
+    /// is taken, it lies on the stack and is copied from there by loads that are wider than the stores before.
     #[inline]
     fn walk_indirect(
+        &mut self,
+        mut tally: Tally,
+        mem: &GuestMemory,
+        negotiated: bool,
+        descriptor: Descriptor,
+    ) -> (Tally, Result<(), WalkError>) {
+        let result = self.add_indirect(&mut tally, mem, negotiated, descriptor);
+        (tally, result)
+    }
+
+    /// Its own WRITE flag means nothing (§2.7.5.3.2).
+    #[inline(always)]
+    fn add_indirect(
         &mut self,
         tally: &mut Tally,
         mem: &GuestMemory,

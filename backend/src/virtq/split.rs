@@ -400,6 +400,8 @@ fn event_passed(event: u16, new: u16, old: u16) -> bool {
 const DESCRIPTORS_AHEAD: u16 = 8;
 /// A cache line, as far as prefetching goes, bytes.
 const LINE_BYTES: u64 = 64;
+/// Used elements in one.
+const USED_PER_LINE: usize = 8;
 
 impl SplitQueue {
     /// Asks the CPU for all that the next `n` chains will need: descriptors, first lines of buffers, used elements. A burst
@@ -418,7 +420,16 @@ impl SplitQueue {
                 mem.prefetch_write(addr);
                 mem.prefetch_write(addr.wrapping_add(LINE_BYTES));
             }
-            ring.prefetch_used(used.wrapping_add(i));
+        }
+        (0..n).step_by(USED_PER_LINE).for_each(|i| ring.prefetch_used(used.wrapping_add(i)));
+    }
+
+    /// Asks the CPU for the used elements that the next `n` chains will get: the driver has just read those lines.
+    #[inline]
+    pub fn prefetch_used(&mut self, n: u16) {
+        let used = self.next_used.get();
+        if let Ok(ring) = self.ring.access() {
+            (0..n).step_by(USED_PER_LINE).for_each(|i| ring.prefetch_used(used.wrapping_add(i)));
         }
     }
 

@@ -32,10 +32,10 @@ pub fn sending(backend: &BackEnd, far: &Link, window: Duration) -> Result<Cell> 
 
 /// What a packet to the guest cost.
 pub struct Received {
-    /// Rate and CPU time. Of DPDK's, `work_ns` is all but as many empty polls as were counted.
+    /// Rate and CPU time. Of DPDK's, `work_ns` is what testpmd's own clock says about polls that found packets.
     pub cell: Cell,
-    /// The same CPU time per packet in another way, ns: of DPDK's, what testpmd's own clock says about polls that found
-    /// packets; of the others', all that the CPU did.
+    /// The same CPU time per packet in another way, ns: of DPDK's, all but as many empty polls as were counted; of the
+    /// others', all that the CPU did.
     pub check_ns: f64,
     /// CPU time of the generator per packet, ns: making it, the veth, and what of its reception falls to this CPU.
     pub generator_ns: f64,
@@ -95,8 +95,12 @@ pub fn receiving(
     let mut check_ns = busy / got as f64;
     if let Some((polls, empty_poll_ns)) = polls.zip(empty_poll_ns) {
         let empty = polls.rounds.saturating_sub(polls.bursts);
-        cell.work_ns = (cpu as f64 - empty as f64 * empty_poll_ns) / got as f64;
-        check_ns = polls.busy_ns() / got as f64;
+        cell.work_ns = polls.busy_ns() / got as f64;
+        check_ns = (cpu as f64 - empty as f64 * empty_poll_ns) / got as f64;
+        eprintln!(
+            "    DPDK: {:.1} packets a burst, an empty poll of {empty_poll_ns:.0} ns",
+            polls.packets as f64 / polls.bursts.max(1) as f64
+        );
     }
     Ok(Received { cell, check_ns, generator_ns })
 }

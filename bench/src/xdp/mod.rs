@@ -32,14 +32,14 @@ use sides::{Kind, Side};
 use veth::Veth;
 
 /// Columns, as `Side::name` calls them.
-const NAMES: [&str; 4] = ["bare", "dpdk-nobusy", "dpdk", "ours"];
+const NAMES: [&str; 4] = ["bare", "dpdk-busy", "dpdk", "ours"];
 /// To reach, guest to veth: so much of DPDK's rate.
 const RATE_GOAL: Goal = Goal { ratio_min: 1.1, above_bare_ns_max: None };
 /// To reach, veth to guest at a fixed rate: 0.9 of DPDK's CPU time without its empty polls.
 const CPU_GOAL: Goal = Goal { ratio_min: 1.0 / 0.9, above_bare_ns_max: None };
-const TEXT: &str = "DPDK's CPU ns at a fixed rate are its CPU time without as many empty polls as were counted, each as long \
-    as without traffic. Cross-check: testpmd's own clock (record-core-cycles), which leaves out what the kernel does for it in \
-    polls that find nothing; of the others, all that CPU 0 did, interrupts included.\n";
+const TEXT: &str = "DPDK's CPU ns at a fixed rate are without its empty polls: testpmd's own clock (record-core-cycles). \
+    Cross-check: its CPU time without as many empty polls as were counted, each as long as without traffic; of the others, \
+    all that CPU 0 did, interrupts included.\n";
 
 /// A row: what is measured, with the frame length in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -89,7 +89,7 @@ pub struct Args {
     #[arg(long, default_value = "")]
     uplink_options: String,
     /// Which contenders
-    #[arg(long, value_delimiter = ',', default_value = "bare,dpdk-nobusy,dpdk,ours")]
+    #[arg(long, value_delimiter = ',', default_value = "bare,dpdk-busy,dpdk,ours")]
     sides: Vec<Kind>,
     /// Only these frame lengths, in bytes
     #[arg(long, value_delimiter = ',', default_values_t = SIZES)]

@@ -17,9 +17,10 @@ use crate::raw::Direction;
 pub enum Kind {
     /// A bare AF_XDP loop: no ring to a guest, no guest
     Bare,
-    /// testpmd with net_vhost and net_af_xdp, io forwarding, without busy polling in the kernel
-    DpdkNobusy,
-    /// The same with the driver's default: a busy-polling system call whenever nothing has come
+    /// testpmd with net_vhost and net_af_xdp as its default is, io forwarding: a busy-polling system call whenever nothing has
+    /// come
+    DpdkBusy,
+    /// The same without it (busy_budget=0)
     Dpdk,
     /// `vhost-user-net`
     Ours,
@@ -42,7 +43,7 @@ impl Side {
         match self.kind {
             Kind::Bare => "bare",
             Kind::Dpdk => "dpdk",
-            Kind::DpdkNobusy => "dpdk-nobusy",
+            Kind::DpdkBusy => "dpdk-busy",
             Kind::Ours => "ours",
         }
     }
@@ -58,8 +59,8 @@ impl Side {
                 command.args(["--uplink", &format!("xdp:{name}{}", self.options)]);
                 BackEnd::spawn(command, "the back-end's socket", || socket.exists())
             }
-            Kind::Dpdk | Kind::DpdkNobusy => {
-                let budget = if self.kind == Kind::DpdkNobusy { ",busy_budget=0" } else { "" };
+            Kind::Dpdk | Kind::DpdkBusy => {
+                let budget = if self.kind == Kind::Dpdk { ",busy_budget=0" } else { "" };
                 let vhost = format!("net_vhost0,iface={path}");
                 let xdp = format!("net_af_xdp0,iface={name},start_queue=0,queue_count=1{budget}");
                 BackEnd::testpmd(vec![vhost, xdp])
