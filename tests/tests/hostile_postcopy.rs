@@ -6,8 +6,10 @@
 
 use anyhow::{Context, Result, ensure};
 use lab::rawfront::{
-    Arena, Away, BAD, Front, Late, PAGE, PATIENCE, WireError, eventually, msg, protocol, state, test_frame,
+    Arena, Away, BAD, Backend, Front, GOOD, Late, PAGE, PATIENCE, WireError, eventually, msg, protocol,
+    state, test_frame,
 };
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Populates that are under way at least when the end comes.
@@ -158,7 +160,10 @@ fn end(mut late: Late, phase: Phase, way: Way) -> Result<Away> {
 }
 
 fn in_phase(phase: Phase) -> Result<()> {
-    let mut arena = Arena::new()?;
+    in_phase_of(Arena::new()?, phase)
+}
+
+fn in_phase_of(mut arena: Arena, phase: Phase) -> Result<()> {
     for way in WAYS {
         let here = || format!("{phase:?}, {way:?}\n{}", arena.backend.log_text());
         let late = bring(&arena, phase).with_context(here)?;
@@ -202,6 +207,82 @@ fn it_ends_with_buffers_missing() -> Result<()> {
 #[test]
 fn it_ends_while_draining() -> Result<()> {
     in_phase(Phase::Draining)
+}
+
+/// The rings of the port are on another thread than its control and its populates.
+#[test]
+fn it_ends_on_another_worker() -> Result<()> {
+    let port = |name| format!("[[port]]\nname = '{name}'\nsocket = '@/{name}.sock'\nuplink = 'null'\n");
+    for phase in [Phase::RingsMissing, Phase::BuffersMissing] {
+        let config = format!("workers = 2\n{}{}", port(GOOD), port(BAD));
+        in_phase_of(Arena::over(Backend::with_config(&config)?)?, phase)?;
+    }
+    Ok(())
+}
+
+/// A third port's frames flow all the while, on the same thread.
+#[test]
+fn another_port_moves_all_the_while() -> Result<()> {
+    const THIRD: &str = "thirdport";
+    let arena = Arena::over(Backend::with_null_ports(&[BAD, GOOD, THIRD], 1)?)?;
+    let mut third = Front::up(&arena.backend.socket(THIRD))?;
+    let over = AtomicBool::new(false);
+    let (batches, worst) = std::thread::scope(|scope| -> Result<_> {
+        let moving = scope.spawn(|| -> Result<_> {
+            let (mut batches, mut worst) = (0u32, Duration::ZERO);
+            while !over.load(Ordering::Relaxed) {
+                worst = worst.max(third.prove_alive(32)?);
+                batches += 1;
+            }
+            Ok((batches, worst))
+        });
+        let result = PHASES.into_iter().try_for_each(|phase| {
+            for _ in 0..3 {
+                let late = bring(&arena, phase)?;
+                end(late, phase, Way::HangUp)?.check_holes()?;
+            }
+            Ok(())
+        });
+        over.store(true, Ordering::Relaxed);
+        let moved = moving.join().map_err(|_| anyhow::anyhow!("the third port's front-end panicked"))?;
+        result.and(moved)
+    })?;
+    println!("{batches} batches, the longest took {worst:?}");
+    ensure!(batches > 100, "only {batches} batches");
+    // Nobody else's page is waited for; the rest is the machine's business.
+    ensure!(worst < Duration::from_secs(1), "the longest batch took {worst:?}");
+    Ok(())
+}
+
+/// More pages are wanted than may be under way; all come by themselves, and nobody is woken. END wakes those under way, and
+/// finds that the others need not be asked for.
+#[test]
+fn end_finds_what_came_while_it_waited_for_its_turn() -> Result<()> {
+    let mut arena = Arena::new()?;
+    for _ in 0..5 {
+        let mut late = Late::connect(&arena.bad(), Late::setup(512))?;
+        for _ in 0..500 {
+            late.front.tx().queue_frame(Front::HEADER_LEN, &test_frame())?;
+            late.front.rx().queue_buffer()?;
+        }
+        let rings = late.ring_pages();
+        late.depart(|page| rings.contains(&page))?;
+        late.arm()?;
+        kick(&late)?;
+        let asked = eventually(PATIENCE, || late.collect().is_ok_and(|asked| asked >= 300));
+        ensure!(asked, "{:?} pages were asked for", late.collect());
+        let base = std::mem::take(&mut late.base);
+        late.deliver_all()?; // without an address to wake
+        late.base = base;
+        let drained = late.front.rings[1].is_drained_within(PATIENCE);
+        ensure!(drained, "pages that came were not found\n{}", arena.backend.log_text());
+        let start = Instant::now();
+        ensure!(late.end()? == 0, "END failed\n{}", arena.backend.log_text());
+        ensure!(start.elapsed() < Duration::from_millis(1500), "END took {:?}", start.elapsed());
+        late.front.prove_alive(64)?;
+        late.hang_up();
+    }
+    arena.check_all()
 }
 
 /// SIGTERM ends the process within a second (and some patience for a busy machine), whatever is under way, whether the

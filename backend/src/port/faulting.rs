@@ -91,13 +91,18 @@ impl Control {
         self.populates_due = true;
     }
 
-    /// Hands out what may be asked for, once in a turn of the loop. True if there is more: the next turn is due at once.
+    /// Hands out what may be asked for, once in a turn of the loop. True if there is more, or pairs are to be told
+    /// something: the next turn is due at once.
     pub fn populate<T: Copy + From<ControlToken>>(&mut self, reactor: &mut Reactor<T>) -> bool {
         if !std::mem::take(&mut self.populates_due) {
             return false;
         }
         for _ in 0..POPULATES_PER_TURN {
-            let Some(populate) = self.engine.next_populate() else { return false };
+            let Some(populate) = self.engine.next_populate() else {
+                // What waited for its turn may have come by itself, and no populate ends to say so.
+                self.drained(reactor);
+                return !self.commands.is_empty();
+            };
             self.ports[usize::from(populate.port)].postcopy.pages_asked += 1;
             let token = ControlToken::Populate { region: populate.region.0, page: populate.page };
             reactor.populate(populate.addr, populate.len, token.into());
@@ -196,6 +201,7 @@ impl Control {
     ) {
         // The timer of an earlier END may be that late.
         if self.ports[id].postcopy.draining.is_some_and(|until| until <= Instant::now()) {
+            debug_assert!(!self.ports[id].is_quiet(&self.engine), "END waits for nothing");
             self.ports[id].drain_failed(&mut self.engine);
             self.drive(reactor, id);
         }
