@@ -8,6 +8,7 @@ use super::Port;
 use super::connection::{Connection, Endpoint, client_socket};
 use super::faulting::{DRAIN_PATIENCE, Retiring};
 use super::helper::{Helper, Job, JobDone};
+use super::nudge::Nudge;
 use super::observed::Observation;
 use super::plan::{Purpose, Step as PlanStep};
 use super::token::{ControlToken, PortOp};
@@ -35,6 +36,7 @@ pub struct Control {
     pub(super) engine: Engine,
     /// There may be something to ask for.
     pub(super) populates_due: bool,
+    pub(super) nudge: Nudge,
     /// Given-up regions with populates under way.
     pub(super) retiring: Vec<Retiring>,
 }
@@ -55,6 +57,7 @@ impl Control {
             ended: false,
             engine: Engine::default(),
             populates_due: false,
+            nudge: Nudge::default(),
             retiring: Vec::new(),
         }
     }
@@ -182,6 +185,7 @@ impl Control {
                     self.populated(reactor, region, page, result);
                 }
             }
+            ControlToken::Nudge => self.nudged(reactor, &done),
             ControlToken::Observer | ControlToken::Stalls => {
                 self.observation.completion(reactor, token, &done);
             }

@@ -106,6 +106,7 @@ impl Control {
             self.ports[usize::from(populate.port)].postcopy.pages_asked += 1;
             let token = ControlToken::Populate { region: populate.region.0, page: populate.page };
             reactor.populate(populate.addr, populate.len, token.into());
+            self.nudge_soon(reactor);
         }
         self.populates_due = true;
         true

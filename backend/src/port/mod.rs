@@ -17,6 +17,7 @@ mod faulting;
 mod fds;
 pub mod helper;
 mod limit;
+mod nudge;
 mod observed;
 pub mod plan;
 mod postcopy;

@@ -12,6 +12,8 @@ pub enum ControlToken {
     Observer,
     /// Stalls have ended.
     Stalls,
+    /// Pages that were asked for may need a nudge.
+    Nudge,
     /// A page that was asked for.
     Populate {
         /// The fault engine's region.

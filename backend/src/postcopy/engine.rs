@@ -206,6 +206,11 @@ impl Engine {
         (IN_FLIGHT_MAX / self.armed().max(1)).clamp(PORT_IN_FLIGHT_MIN, PORT_IN_FLIGHT_MAX)
     }
 
+    /// Populates under way, of all ports and of regions that were given up.
+    pub fn under_way(&self) -> usize {
+        self.in_flight
+    }
+
     /// io-wq threads that it takes to have all that may be under way under way at once.
     pub fn workers(&self) -> usize {
         let armed = self.armed();

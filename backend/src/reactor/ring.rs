@@ -52,6 +52,8 @@ pub enum Done {
     Populated(io::Result<()>),
     /// The kernel side of a socket's rings has been woken.
     Woken(io::Result<()>),
+    /// An io-wq thread has come by.
+    Nudged,
 }
 
 enum Body {
@@ -65,6 +67,7 @@ enum Body {
     Signal(Box<libc::signalfd_siginfo>),
     Timer { _time: Box<Timespec> },
     Populate,
+    Nudge,
 }
 
 struct InFlight<T> {
@@ -203,6 +206,12 @@ impl<T: Copy> Reactor<T> {
     pub fn populate(&mut self, addr: u64, len: u64, token: T) -> OpId {
         let entry = opcode::Madvise::new(addr as *const _, len as i64, libc::MADV_POPULATE_WRITE).build();
         self.start(entry, token, Body::Populate, None)
+    }
+
+    /// Makes an io-wq thread look after the queue that populates wait in.
+    pub fn nudge(&mut self, token: T) -> OpId {
+        let entry = opcode::Nop::new().build().flags(squeue::Flags::ASYNC);
+        self.start(entry, token, Body::Nudge, None)
     }
 
     /// How many io-wq threads may work for this ring at once.
@@ -354,6 +363,7 @@ impl<T: Copy> Reactor<T> {
                 Body::Signal(info) => Done::Signal(outcome.map(|_| *info)),
                 Body::Timer { .. } => Done::Elapsed(result == -libc::ETIME),
                 Body::Populate => Done::Populated(outcome.map(drop)),
+                Body::Nudge => Done::Nudged,
             };
             out.push((op.token, done));
         }
