@@ -101,9 +101,12 @@ fn bring(arena: &Arena, phase: Phase) -> Result<Late> {
     let least = if phase == Phase::RingsMissing { rings.len() } else { IN_FLIGHT };
     let asked = eventually(PATIENCE, || late.collect().is_ok_and(|asked| asked >= least));
     ensure!(asked, "{:?} pages were asked for\n{}", late.collect(), arena.backend.summary(BAD)?);
-    ensure!(late.asked().values().all(|times| *times == 1), "asked twice: {:?}", late.asked());
     let waiting = eventually(PATIENCE, || arena.backend.waiting_for_pages().is_ok_and(|n| n >= least));
-    ensure!(waiting, "{} threads wait for pages", arena.backend.waiting_for_pages()?);
+    let threads = arena.backend.waiting_for_pages()?;
+    ensure!(waiting, "{threads} threads wait for pages");
+    // One thread for each page. The kernel may report a fault again (io-wq wakes a thread that it takes for a free one): that
+    // a page is reported twice is no sign that it was asked for twice.
+    ensure!(threads <= late.collect()?, "{threads} threads wait for {} pages", late.asked().len());
     if phase == Phase::Draining {
         late.front.wire.tell(msg::POSTCOPY_END, &[], &[])?;
         std::thread::sleep(Duration::from_millis(20));
@@ -345,14 +348,15 @@ fn a_migration_that_succeeds() -> Result<()> {
             late.deliver_asked().is_ok() && late.front.rings[1].used_idx().is_ok_and(|i| i == CHAINS as u16)
         });
         ensure!(drained, "TX stands still\n{}", arena.backend.log_text());
-        ensure!(late.asked().values().all(|times| *times == 1), "asked twice: {:?}", late.asked());
-        ensure!(late.asked().len() < all, "all pages were asked for, not only those that were needed");
+        let asked = late.asked().len();
+        ensure!(asked < all, "all pages were asked for, not only those that were needed");
         late.away().check_holes()?;
         late.deliver_all()?;
         ensure!(late.end()? == 0);
         late.front.prove_alive(256)?;
         let log = arena.backend.log_text();
         ensure!(log.contains("postcopy: ended"), "{log}");
+        ensure!(log.contains(&format!(" {asked} pages asked for")), "{asked} pages were asked for: {log}");
         late.hang_up();
         arena.check_all()?;
     }

@@ -8,8 +8,9 @@ use anyhow::Result;
 use super::{BACKEND_CPU, OTHER_CPU};
 use crate::{interrupt, procstat};
 
-/// Share of the two CPUs that others may take in a measurement that counts.
-pub const TOLERATED: f64 = 0.03;
+/// Share of the two CPUs that others may take in a measurement that counts. What the kernel does for nobody in particular,
+/// waking up an idle CPU some 10,000 times a second above all, looks the same and is up to 9 %.
+pub const TOLERATED: f64 = 0.1;
 /// How often a disturbed one is repeated.
 const REPEATS: usize = 6;
 
