@@ -1,12 +1,13 @@
 //! `cargo xtask demo`: shows on this machine, with real parts, what the program is for.
 #![forbid(unsafe_code)]
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use lab::{
     Amount, Filled, GUEST_IP, HOST_IP, Lab, Migration, NetNs, PATIENCE, PREFIX, Phases, Pinger, Place,
-    Postcopy, Source, bridged, ping, pull, push,
+    Postcopy, Source, backend_binary, bridged, ping, pull, push,
 };
 use serde_json::json;
 
@@ -53,6 +54,8 @@ pub fn run(options: &Options) -> Result<()> {
 struct Story {
     started: Instant,
     lines: Vec<(String, String)>,
+    /// What `vhost-user-net faults` said.
+    faults: String,
 }
 
 impl Story {
@@ -66,7 +69,7 @@ impl Story {
 }
 
 fn show(lab: &Lab) -> Result<()> {
-    let mut story = Story { started: Instant::now(), lines: Vec::new() };
+    let mut story = Story { started: Instant::now(), lines: Vec::new(), faults: String::new() };
 
     story.now("making a bridge with three taps, in a network namespace of its own");
     let netns = bridged(&TAPS)?;
@@ -178,6 +181,13 @@ fn show(lab: &Lab) -> Result<()> {
     for (what, result) in &story.lines {
         println!("  {what:<17} {result}");
     }
+    println!(
+        "\nHow long threads of the back-end waited for guest memory (`vhost-user-net faults --instance {}`)",
+        TAPS[2]
+    );
+    for line in story.faults.lines() {
+        println!("  {line}");
+    }
     println!("\ndemo: done after {:.0} s", story.started.elapsed().as_secs_f32());
     Ok(())
 }
@@ -214,6 +224,7 @@ fn move_by_postcopy(lab: &Lab, story: &mut Story, netns: &NetNs, mut source: Pla
         "  rings",
         format!("stopped for a page {} times ({} pages asked for)", phases.parks, phases.pages),
     );
+    story.faults = faults(TAPS[2])?;
     let (blocked, each) = moved.blocktime_ms.context("QEMU tells no blocktime")?;
     story.note(
         "  guest CPUs",
@@ -238,6 +249,18 @@ fn move_by_postcopy(lab: &Lab, story: &mut Story, netns: &NetNs, mut source: Pla
     filled.check(&mut destination.qemu)?;
     story.note("  guest memory", format!("{FILLED_MIB} MiB unchanged"));
     Ok(destination)
+}
+
+/// What the kernel counted for a back-end that runs, as a person reads it. Instances are named after their socket.
+fn faults(instance: &str) -> Result<String> {
+    let shown = Command::new(backend_binary()?).args(["faults", "--instance", instance]).output()?;
+    let (text, why) = (String::from_utf8_lossy(&shown.stdout), String::from_utf8_lossy(&shown.stderr));
+    // Where the kernel allows no such programs the back-end has said so; the demonstration goes on without.
+    Ok(if shown.status.success() {
+        text.trim_end().to_owned()
+    } else {
+        format!("not measured here: {}", why.trim())
+    })
 }
 
 fn speed(bytes: u64, time: Duration, md5: &str) -> String {

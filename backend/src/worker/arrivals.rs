@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 
 /// The shortest pause between two looks: what network cards and their drivers wait, too (`ethtool -c`: rx-usecs).
 const PAUSE_MIN: Duration = Duration::from_micros(50);
-/// The longest; adaptive moderation of network cards goes a little further. Pauses double and halve in between.
-const PAUSE_MAX: Duration = Duration::from_micros(200);
+/// The longest: as far as adaptive moderation of network cards goes (Linux's net_dim), too. Pauses double and halve in between.
+const PAUSE_MAX: Duration = Duration::from_micros(256);
 /// Frames of a look below which pauses get longer: a wake-up costs some 1 µs, 15 µs in some virtual machines.
 const LOOK_MIN: u32 = 64;
 /// Frames of a look above which they get shorter: rings have an end.
-const LOOK_MAX: u32 = 128;
+const LOOK_MAX: u32 = 160;
 /// Frames a shortest pause from which on nobody listens: 160,000 a second.
 const MANY: u32 = 8;
 /// Looks after which it is decided whether somebody listens again: senders send in bursts, with silence between them.
