@@ -36,6 +36,14 @@ pub enum MapError {
         /// Bytes it would need.
         needed: u64,
     },
+    /// A region larger than any guest's.
+    #[error("a region of {size:#x} bytes; {max:#x} are the most")]
+    TooLarge {
+        /// Bytes asked for.
+        size: u64,
+        /// Bytes allowed.
+        max: u64,
+    },
     /// A dirty log larger than any guest's.
     #[error("a dirty log of {size:#x} bytes; {max:#x} are enough for any guest")]
     LogTooLarge {

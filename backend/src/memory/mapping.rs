@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::NonNull;
+use std::sync::atomic::AtomicU64;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -13,9 +14,20 @@ use nix::sys::stat::{SFlag, fstat};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 
 use super::MapError;
-use super::dirty::LOG_PAGE_SIZE;
+use super::dirty::{LOG_BYTES_MAX, LOG_PAGE_SIZE};
 use super::layout::RegionSpec;
 use super::sigbus;
+
+/// The largest region, bytes: as much as a dirty log can speak of. What we keep of a region grows with it.
+const REGION_BYTES_MAX: u64 = LOG_BYTES_MAX * 8 * LOG_PAGE_SIZE;
+
+/// So many words of zero, which the allocator has from the kernel as they are: no page of them is touched.
+pub(super) fn zeroed_words(count: usize) -> Box<[AtomicU64]> {
+    const { assert!(align_of::<AtomicU64>() == align_of::<u64>() && size_of::<AtomicU64>() == size_of::<u64>()) };
+    let words = Box::into_raw(vec![0u64; count].into_boxed_slice());
+    // SAFETY: the box is ours alone, and both types have the same size and alignment (above) and allow all bits.
+    unsafe { Box::from_raw(words as *mut [AtomicU64]) }
+}
 
 fn system(call: &'static str) -> impl FnOnce(Errno) -> MapError {
     move |errno| MapError::System { call, errno }
@@ -190,6 +202,9 @@ impl Mapping {
     pub fn new(fd: OwnedFd, spec: &RegionSpec) -> Result<Self, MapError> {
         if spec.size == 0 {
             return Err(MapError::Empty);
+        }
+        if spec.size > REGION_BYTES_MAX {
+            return Err(MapError::TooLarge { size: spec.size, max: REGION_BYTES_MAX });
         }
         if spec.guest_phys.checked_add(spec.size).is_none() || spec.user_addr.checked_add(spec.size).is_none()
         {

@@ -2,6 +2,7 @@
 //! Who supplies pages, and learns that they came, is not here.
 #![forbid(unsafe_code)]
 
+use super::mapping::zeroed_words;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -21,7 +22,8 @@ impl ResidencyMap {
         assert!(page_size.is_power_of_two());
         let words = size.div_ceil(page_size).div_ceil(WORD_BITS);
         Self {
-            words: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            // Not one by one: 1 TiB has 32 MiB of them, and this is the loop's thread.
+            words: zeroed_words(words as usize),
             page_shift: page_size.trailing_zeros(),
             size,
         }
@@ -55,6 +57,12 @@ impl ResidencyMap {
         Some(first << self.page_shift..(end << self.page_shift).min(self.size))
     }
 
+    /// The first missing page from `from` (bytes from the region's start) on: where it begins. Unlike
+    /// [`ResidencyMap::first_missing`] it does not look for the end of the gap, which may be far.
+    pub fn next_missing(&self, from: u64) -> Option<u64> {
+        self.find(self.pages(from..self.size), false).map(|page| page << self.page_shift)
+    }
+
     /// The first page that is present, or the first that is not. A word at a time: a guest may name 4 GiB at once.
     fn find(&self, pages: Range<u64>, present: bool) -> Option<u64> {
         let mut at = pages.start;
@@ -82,6 +90,18 @@ impl ResidencyMap {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_next_missing_page_is_found_without_its_gap() {
+        let map = ResidencyMap::new(200 * 0x1000, 0x1000);
+        map.set_present(0x1000..0x8_0000);
+        assert_eq!(
+            [0, 0x1000, 0x7_f000, 0x8_0000, 199 * 0x1000, 200 * 0x1000].map(|from| map.next_missing(from)),
+            [Some(0), Some(0x8_0000), Some(0x8_0000), Some(0x8_0000), Some(199 * 0x1000), None]
+        );
+        map.set_present(0..u64::MAX);
+        assert_eq!(map.next_missing(0), None);
+    }
 
     #[test]
     fn runs_of_missing_pages_are_found_whole() {

@@ -41,8 +41,10 @@ fn a_region_must_fit_its_file_and_its_pages() {
     assert_eq!(refusal(file(), at_the_end), MapError::Wraps);
     let user_wraps = RegionSpec { user_addr: u64::MAX - 0xfff, ..spec(0, 0x1000, 0) };
     assert_eq!(refusal(file(), user_wraps), MapError::Wraps);
-    let too_large = spec(0, 1 << 62, 0);
-    assert!(matches!(refusal(file(), too_large), MapError::FileTooSmall { .. }));
+    assert!(matches!(refusal(file(), spec(0, 1 << 45, 0)), MapError::FileTooSmall { .. }));
+    for too_large in [(1 << 45) + 0x1000, 1 << 62] {
+        assert!(matches!(refusal(file(), spec(0, too_large, 0)), MapError::TooLarge { .. }));
+    }
 }
 
 #[test]

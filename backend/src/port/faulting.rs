@@ -146,6 +146,12 @@ impl Control {
         if matches!(error.raw_os_error(), Some(libc::EFAULT | libc::EHWPOISON)) {
             return self.lost_memory(reactor, id);
         }
+        if port.postcopy.draining.is_some() {
+            // END waits for that page, and without it the ring would find zeros.
+            port.warn(&format_args!("a page cannot be had at the end of postcopy: {error}"));
+            port.drain_failed(&mut self.engine);
+            return self.drive(reactor, id);
+        }
         port.warn(&format_args!("a page cannot be had and is asked for again: {error}"));
         if !std::mem::replace(&mut port.postcopy.looks_again, true) {
             let token = self.token(id, PortOp::LookAgain);
@@ -257,7 +263,8 @@ impl Control {
     fn scan_on(&mut self, id: usize) {
         let port = &mut self.ports[id];
         port.postcopy.scanning = port.postcopy.armed;
-        if port.postcopy.scanning {
+        // One at a time, whatever the front-end does: the helper looks for all ports.
+        if port.postcopy.scanning && !std::mem::replace(&mut port.is_scanned, true) {
             self.helper.submit(port.id, Job::Scan(port.postcopy.regions.clone()));
         }
     }
@@ -270,6 +277,7 @@ impl Control {
         more: bool,
         took: Duration,
     ) {
+        self.ports[id].is_scanned = false;
         let postcopy = &mut self.ports[id].postcopy;
         postcopy.scanning = false;
         postcopy.scan_took += took;

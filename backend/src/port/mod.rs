@@ -69,6 +69,8 @@ pub struct Port {
     pub(crate) live: Vec<bool>,
     pub(crate) plan: Plan,
     pub(crate) postcopy: postcopy::Postcopy,
+    /// The helper looks for pages that came by themselves, perhaps in regions that have gone since.
+    pub(crate) is_scanned: bool,
     /// PAGEFAULT is offered.
     pub(crate) postcopy_offered: bool,
     /// Messages from us to the front-end would go here; none is needed so far.
@@ -118,6 +120,7 @@ impl Port {
             live: vec![false; pairs],
             plan: Plan::default(),
             postcopy: postcopy::Postcopy::default(),
+            is_scanned: false,
             postcopy_offered,
             backend_channel: None,
             format: None,

@@ -95,6 +95,14 @@ impl Plan {
             .retain(|step| matches!(step, Step::Job(Job::Release(_) | Job::GiveUp(..)) | Step::Retire(..)));
     }
 
+    /// Memory that is to be given up in one of the steps.
+    pub(crate) fn given_up(&self) -> impl Iterator<Item = (&Userfaultfd, &[Arc<Mapping>])> {
+        self.steps.iter().filter_map(|step| match step {
+            Step::Job(Job::GiveUp(Some(uffd), mappings)) => Some((&**uffd, &mappings[..])),
+            _ => None,
+        })
+    }
+
     /// Drops all steps that have not begun.
     pub(crate) fn clear(&mut self) {
         self.drop_steps();
@@ -394,6 +402,8 @@ impl Port {
     /// Starts to take down what a connection has built; steps under way are waited for first.
     pub(crate) fn begin_teardown(&mut self, engine: &mut Engine) {
         self.plan.purpose = Purpose::Teardown;
+        // All memory goes anyway, and in the order of the steps below: a job under way that fails must not drop them.
+        self.plan.vital = false;
         if self.postcopy.draining.take().is_some() {
             self.plan.waiting = 0;
         }

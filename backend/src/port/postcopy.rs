@@ -15,7 +15,7 @@ use crate::session::Outcome;
 use crate::worker::{Command, Direction};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// A region whose pages are awaited.
@@ -145,6 +145,10 @@ impl Port {
     /// more is taken up, and what rings are known to wait for is waited for: if it does not come, the migration has failed.
     pub(crate) fn postcopy_end(&mut self, engine: &mut Engine) {
         self.postcopy.ending = true;
+        if self.postcopy.looks_again {
+            return self
+                .lose_memory("postcopy ends while a page that a ring waits for cannot be had", engine);
+        }
         if !self.postcopy.armed && engine.queued(self.id) > 0 {
             return self.lose_memory("postcopy ends before rings may ask for the pages they need", engine);
         }
@@ -227,10 +231,14 @@ impl Port {
     /// The process ends and no ring is looked at any more: what populates wait for must not become zeros when the
     /// userfaultfd is closed.
     pub(crate) fn give_up_pages(&self) {
-        let Some(uffd) = &self.postcopy.uffd else { return };
-        for region in &self.postcopy.regions {
-            if let Err(error) = uffd.give_up(&region.mapping) {
-                tracing::error!(port = self.name(), %error, "memory cannot be given up");
+        // A teardown that has just begun has them in its plan.
+        let leaving = self.plan.given_up().map(|(uffd, mappings)| (uffd, mappings.to_vec()));
+        let own = self.postcopy.uffd.as_deref().map(|uffd| (uffd, self.awaited_mappings()));
+        for (uffd, mappings) in leaving.chain(own) {
+            for mapping in mappings {
+                if let Err(error) = uffd.give_up(&mapping) {
+                    tracing::error!(port = self.name(), %error, "memory cannot be given up");
+                }
             }
         }
     }
@@ -280,7 +288,11 @@ impl Port {
         let (kept, gone): (Vec<_>, Vec<_>) =
             std::mem::take(&mut self.postcopy.regions).into_iter().partition(in_use);
         self.postcopy.regions = kept;
-        gone.iter().for_each(|region| engine.give_up(region.id));
+        for region in &gone {
+            engine.give_up(region.id);
+            // A look that waits for its turn at the helper is over before it begins.
+            region.scanned.store(u64::MAX, Ordering::Relaxed);
+        }
         gone
     }
 

@@ -26,11 +26,11 @@ pub fn scan(mapping: &Mapping, map: &ResidencyMap, from: u64) -> Option<u64> {
     let mut at = from;
     for _ in 0..RUNS_MAX {
         // What is known to be there need not be looked at.
-        let gap = map.first_missing(at..spec.size)?;
-        let start = seek(mapping, gap.start, Whence::SeekData).filter(|start| *start < spec.size)?;
-        if start >= gap.end {
+        let missing = map.next_missing(at)?;
+        let start = seek(mapping, missing, Whence::SeekData).filter(|start| *start < spec.size)?;
+        if map.first_missing(start..start + 1).is_none() {
             // Known already: the kernel would walk over all of it, page by page, to find its end.
-            at = gap.end;
+            at = start;
             continue;
         }
         let end = seek(mapping, start, Whence::SeekHole)?.min(spec.size);
