@@ -19,6 +19,7 @@ mod inbox;
 mod interface;
 mod nic;
 mod nic_queue;
+mod outgoing;
 mod pace;
 mod port;
 pub mod program;

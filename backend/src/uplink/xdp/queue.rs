@@ -7,13 +7,13 @@
 //! ```
 //! The shared rings of a NIC queue are locked once a burst. Not here: which sockets there are (`nic`).
 
-use super::checksum;
 use super::inbox::Reader;
 use super::nic::{Nic, PairParts, PortState};
 use super::nic_queue::{BURST, Lane, Sender};
+use super::outgoing::{self, refused};
 use super::pace::Pace;
 use super::socket::descriptor;
-use super::switch::{Learned, Link, Mac, Route, may_send};
+use super::switch::{Learned, Link, Mac, Route};
 use super::umem::{HEADROOM, LINK_BYTES, Umem};
 use crate::memory::{IoVec, gather, scatter, scatter_two};
 use crate::net::counters::PairCounters;
@@ -25,7 +25,6 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use virtio_bindings::virtio_net::VIRTIO_NET_HDR_F_NEEDS_CSUM;
 
 /// Frames of the inbox that are taken before the RX rings have their turn again.
 const INBOX_TURN: u32 = BURST;
@@ -134,30 +133,18 @@ impl XdpQueue {
     ) -> Result<(Route, usize, Link), SendError> {
         let mut header = NO_HEADER;
         let Some((first, rest)) = buffers.split_first().filter(|(first, _)| first.len() == header_len) else {
-            return Err(too_long());
+            return Err(refused());
         };
         gather(std::slice::from_ref(first), &mut header);
         let len: usize = rest.iter().map(IoVec::len).sum();
         if len > usize::from(self.nic.mtu) + LINK_BYTES {
-            return Err(too_long());
+            return Err(refused());
         }
         // SAFETY: the frame is from our stash: neither the kernel nor anybody else has it.
         let bytes = unsafe { self.umem().bytes(frame) };
         let data = &mut bytes[HEADROOM..HEADROOM + len];
         gather(rest, data);
-        let link = Link::of(data).ok_or_else(too_long)?;
-        if len > usize::from(self.nic.mtu) + 14 + 4 * link.tags {
-            return Err(too_long());
-        }
-        let header = VirtioNetHdr::parse(&header);
-        if u32::from(header.flags) & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0
-            && !checksum::complete(data, header.csum_start.get().into(), header.csum_offset.get().into())
-        {
-            return Err(SendError::Rejected(io::ErrorKind::InvalidInput.into()));
-        }
-        if !may_send(&self.port.rules, &link) {
-            return Err(SendError::Spoofed);
-        }
+        let link = outgoing::finish(data, VirtioNetHdr::parse(&header), self.nic.mtu, &self.port.rules)?;
         Ok((Route::Wire, len, link))
     }
 
@@ -268,11 +255,6 @@ impl XdpQueue {
             "interface {name} is gone; create it again and restart this program, other interfaces are served meanwhile"
         )))
     }
-}
-
-#[cold]
-fn too_long() -> SendError {
-    SendError::Rejected(io::ErrorKind::InvalidInput.into())
 }
 
 impl UplinkQueue for XdpQueue {
