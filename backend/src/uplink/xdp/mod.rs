@@ -17,6 +17,7 @@ mod error;
 mod frames;
 mod inbox;
 mod interface;
+mod lane_set;
 mod nic;
 mod nic_queue;
 mod outgoing;
