@@ -68,8 +68,8 @@ impl Link {
             vlan: VLAN_NONE,
             tags: 0,
         };
-        let is_tag =
-            |at: usize| matches!(frame.get(at..at + 2), Some([0x81, 0x00] | [0x88, 0xa8] | [0x91, 0x00]));
+        // Those that the XDP program knows, so that both see the same VLAN.
+        let is_tag = |at: usize| matches!(frame.get(at..at + 2), Some([0x81, 0x00] | [0x88, 0xa8]));
         if is_tag(12) && frame.len() >= 18 {
             link.vlan = u16::from_be_bytes([frame[14], frame[15]]) & 0x0fff;
             link.tags = 1 + usize::from(is_tag(16) && frame.len() >= 22);
@@ -239,6 +239,8 @@ mod tests {
         assert_eq!((stacked.vlan, stacked.tags), (7, 2));
         let cut = Link::of(&frame(&[0x8100, 5])).unwrap();
         assert_eq!((cut.vlan, cut.tags), (0, 0), "no room for the tag and a type");
+        let other = Link::of(&frame(&[0x9100, 7, 0x0800])).unwrap();
+        assert_eq!((other.vlan, other.tags), (VLAN_NONE, 0), "no tag to the program either");
         for len in 0..14 {
             assert_eq!(Link::of(&vec![0xff; len]), None);
         }
