@@ -95,6 +95,32 @@ fn broadcasts_reach_the_ports_that_want_them() -> Result<()> {
     })
 }
 
+/// No later frame wakes for it.
+#[test]
+fn a_broadcast_waits_behind_many_for_others() -> Result<()> {
+    with_cable("a_broadcast_waits_behind_many_for_others", 1, |cable| {
+        let backend = cable.start(1, &[&with_mac(A, ",vlan=5")])?;
+        let setup = lab::rawfront::Setup { ring_size: 256, ..Default::default() };
+        let front = lab::rawfront::Front::up_with(&backend.socket("p0"), setup)?;
+        let mut a = Guest { front, mac: mac(A) };
+        // Nothing is taken before the guest has buffers, and then there is one look.
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        cable.send(0..900, 100, BROADCAST)?;
+        let mut tagged = Frame::from_to(900, 100, 0, OUTSIDE, BROADCAST);
+        tagged.splice(12..12, [0x81, 0x00, 0x00, 5]);
+        cable.put(&tagged)?;
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        a.offer()?;
+        let mut got = Vec::new();
+        lab::until("a tagged broadcast", lab::PATIENCE, || {
+            got.extend(a.take()?);
+            Ok((!got.is_empty()).then_some(()))
+        })?;
+        ensure!(got.len() == 1 && got[0].1 == tagged, "{got:?}");
+        Ok(())
+    })
+}
+
 #[test]
 fn spoofed_sources_are_dropped_and_addresses_of_others_not_learned() -> Result<()> {
     with_cable("spoofed_sources_are_dropped_and_addresses_of_others_not_learned", 1, |cable| {

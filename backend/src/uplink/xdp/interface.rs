@@ -1,4 +1,4 @@
-//! What is asked of a network interface: its number, MTU, receive queues, whether it is still there; and one frame sent
+//! What is asked of a network interface: its number, MTU, address, receive queues, whether it is still there; and one frame sent
 //! past the sockets.
 //!
 //! Not here: the program on it (`program`), its AF_XDP sockets (`socket`).
@@ -73,6 +73,19 @@ impl Interface {
         Ok(unsafe { request.ifr_ifru.ifru_mtu } as u32)
     }
 
+    /// Its own address; none if it is not one of Ethernet.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn mac(&self) -> io::Result<Option<[u8; 6]>> {
+        let mut request = request(&self.name);
+        ioctl(&self.socket, libc::SIOCGIFHWADDR as _, &mut request)?;
+        // SAFETY: SIOCGIFHWADDR filled in this member.
+        let address = unsafe { request.ifr_ifru.ifru_hwaddr };
+        let mac = std::array::from_fn(|at| address.sa_data[at] as u8);
+        Ok((address.sa_family == libc::ARPHRD_ETHER).then_some(mac))
+    }
+
     /// Receive queues that its driver uses now; none if the driver does not tell.
     pub fn receive_queues(&self) -> Option<u32> {
         let mut channels = Channels { cmd: ETHTOOL_GCHANNELS, ..Channels::default() };
@@ -145,6 +158,7 @@ fn ioctl(socket: &OwnedFd, what: libc::c_ulong, request: &mut libc::ifreq) -> io
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::uplink::netlab::{in_bpf_namespace, ip, veth};
 
     #[test]
     fn loopback_is_there_and_others_are_not() {
@@ -152,5 +166,15 @@ mod tests {
         assert!(lo.index() > 0 && lo.exists() && lo.mtu().unwrap() >= 1500);
         let error = Interface::named("no-such-if0").unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENODEV));
+        assert_eq!(lo.mac().unwrap(), None);
+    }
+
+    #[test]
+    fn addresses_are_those_that_the_kernel_shows() {
+        in_bpf_namespace("uplink::xdp::interface::tests::addresses_are_those_that_the_kernel_shows", || {
+            veth("one0", "other0", 1);
+            ip("link set one0 address 02:00:00:fe:80:01");
+            assert_eq!(Interface::named("one0").unwrap().mac().unwrap(), Some([2, 0, 0, 0xfe, 0x80, 1]));
+        });
     }
 }

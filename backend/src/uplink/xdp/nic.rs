@@ -168,7 +168,8 @@ impl Nic {
             let name = interface.name().to_owned();
             move |error| XdpError::Call(name, step, error)
         };
-        let table = Table::new(ports.iter().map(|port| port.rules).collect());
+        let host = interface.mac().map_err(call("its address"))?;
+        let table = Table::new(ports.iter().map(|port| port.rules).collect(), host);
         for (key, port) in table.addresses() {
             program.set_mac(key, Some(port)).map_err(call("giving a port its address"))?;
         }
@@ -239,9 +240,10 @@ impl Nic {
         let _turn = self.steering.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(live) = port.live.get(usize::from(pair)) else { return Ok(()) };
         if active && port.stale.swap(false, Ordering::Relaxed) {
-            // Another guest, maybe: it shows its own addresses.
-            let forgotten = self.table.write().unwrap_or_else(PoisonError::into_inner).forget(port.index);
-            forgotten.into_iter().try_for_each(|key| self.program.set_mac(key, None))?;
+            // Another guest, maybe: it shows its own addresses. Nobody learns one of the old before the program has
+            // forgotten it, too: it would forget whose it is now.
+            let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+            table.forget(port.index).into_iter().try_for_each(|key| self.program.set_mac(key, None))?;
         }
         live.store(active, Ordering::Relaxed);
         for queue in self.topology.queues_of(port.index as usize, pair.into()) {

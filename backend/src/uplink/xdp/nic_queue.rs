@@ -14,8 +14,8 @@ use super::umem::Umem;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Entries of a socket's RX ring, where few sockets share a NIC queue.
-const RX_RING: u32 = 1024;
+/// Entries of a socket's RX ring, where few sockets share a NIC queue: the most there are.
+pub const RX_RING: u32 = 1024;
 /// Frames that a sending socket has, likewise.
 const TX_FRAMES: u32 = 1024;
 /// Sockets of one NIC queue after which each has less.

@@ -6,6 +6,7 @@
 use super::nic::{Nic, PortState};
 use super::switch::Link;
 use crate::uplink::{Capabilities, FrameFormat, Uplink};
+use std::borrow::Cow;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -58,6 +59,7 @@ impl Uplink for XdpPort {
     }
 
     fn announce(&self, frame: &[u8]) -> io::Result<()> {
+        let frame = &*in_vlan(frame, self.port.rules.vlan);
         // Past our TX rings, which belong to the workers.
         self.nic.interface.send(frame)?;
         let Some(link) = Link::of(frame) else { return Ok(()) };
@@ -76,5 +78,35 @@ impl Uplink for XdpPort {
 
     fn report(&self) -> String {
         self.nic.report(&self.port)
+    }
+}
+
+/// An untagged frame as one of the port's VLAN, if it has one: its guest would tag it.
+fn in_vlan(frame: &[u8], vlan: Option<u16>) -> Cow<'_, [u8]> {
+    match (vlan, frame.split_at_checked(12)) {
+        (Some(vlan), Some((addresses, rest))) => {
+            let [high, low] = vlan.to_be_bytes();
+            [addresses, &[0x81, 0x00, high, low], rest].concat().into()
+        }
+        _ => frame.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn announcements_are_in_the_ports_vlan() {
+        let frame = crate::net::rarp::frame([2, 0, 0, 0, 0, 7]);
+        assert_eq!(*in_vlan(&frame, None), frame);
+        let tagged = in_vlan(&frame, Some(0x123));
+        assert_eq!(
+            (&tagged[..12], &tagged[12..16], &tagged[16..]),
+            (&frame[..12], &[0x81, 0, 1, 0x23][..], &frame[12..])
+        );
+        let (plain, link) = (Link::of(&frame).unwrap(), Link::of(&tagged).unwrap());
+        assert_eq!(link, Link { vlan: 0x123, tags: 1, ..plain });
+        assert_eq!(*in_vlan(&frame[..11], Some(1)), frame[..11]);
     }
 }

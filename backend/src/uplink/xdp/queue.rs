@@ -7,13 +7,14 @@
 //! ```
 //! The shared rings of a NIC queue are locked once a burst. Not here: which sockets there are (`nic`).
 
-use super::checksum;
 use super::inbox::Reader;
+use super::lane_set::LaneSet;
 use super::nic::{Nic, PairParts, PortState};
-use super::nic_queue::{BURST, Lane, Sender};
+use super::nic_queue::{BURST, Lane, RX_RING, Sender};
+use super::outgoing::{self, refused};
 use super::pace::Pace;
 use super::socket::descriptor;
-use super::switch::{Learned, Link, Mac, Route, may_send};
+use super::switch::{Learned, Link, Mac, Route};
 use super::umem::{HEADROOM, LINK_BYTES, Umem};
 use crate::memory::{IoVec, gather, scatter, scatter_two};
 use crate::net::counters::PairCounters;
@@ -25,12 +26,13 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use virtio_bindings::virtio_net::VIRTIO_NET_HDR_F_NEEDS_CSUM;
 
 /// Frames of the inbox that are taken before the RX rings have their turn again.
 const INBOX_TURN: u32 = BURST;
 /// Broadcasts that are handed on at once.
 const FLOOD_TURN: u32 = 32;
+/// Turns after which all broadcasts that waited at the first are handed on.
+const FLOOD_TURNS: u32 = RX_RING / FLOOD_TURN;
 /// Source addresses that the queue knows to be the port's, for a quick look.
 const KNOWN: usize = 4;
 
@@ -62,8 +64,8 @@ pub struct XdpQueue {
     inbox_turn: u32,
     /// Frames that are through, by lane, on their way back to FILL.
     recycle: Vec<Vec<u32>>,
-    /// Some FILL ring wants its kernel side to be woken: the lane.
-    fill_wake: Option<usize>,
+    /// Lanes whose FILL ring wants its kernel side to be woken.
+    fill_wake: LaneSet,
     flooded: Vec<(u64, u32)>,
     /// Frames at hand for sending.
     stash: Vec<u32>,
@@ -95,7 +97,7 @@ impl XdpQueue {
             next: 0,
             inbox_turn: INBOX_TURN,
             recycle: lanes.iter().map(|_| Vec::with_capacity(2 * BURST as usize)).collect(),
-            fill_wake: None,
+            fill_wake: LaneSet::default(),
             flooded: Vec::with_capacity(FLOOD_TURN as usize),
             stash: Vec::with_capacity(2 * BURST as usize),
             local: Vec::with_capacity(BURST as usize),
@@ -134,30 +136,18 @@ impl XdpQueue {
     ) -> Result<(Route, usize, Link), SendError> {
         let mut header = NO_HEADER;
         let Some((first, rest)) = buffers.split_first().filter(|(first, _)| first.len() == header_len) else {
-            return Err(too_long());
+            return Err(refused());
         };
         gather(std::slice::from_ref(first), &mut header);
         let len: usize = rest.iter().map(IoVec::len).sum();
         if len > usize::from(self.nic.mtu) + LINK_BYTES {
-            return Err(too_long());
+            return Err(refused());
         }
         // SAFETY: the frame is from our stash: neither the kernel nor anybody else has it.
         let bytes = unsafe { self.umem().bytes(frame) };
         let data = &mut bytes[HEADROOM..HEADROOM + len];
         gather(rest, data);
-        let link = Link::of(data).ok_or_else(too_long)?;
-        if len > usize::from(self.nic.mtu) + 14 + 4 * link.tags {
-            return Err(too_long());
-        }
-        let header = VirtioNetHdr::parse(&header);
-        if u32::from(header.flags) & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0
-            && !checksum::complete(data, header.csum_start.get().into(), header.csum_offset.get().into())
-        {
-            return Err(SendError::Rejected(io::ErrorKind::InvalidInput.into()));
-        }
-        if !may_send(&self.port.rules, &link) {
-            return Err(SendError::Spoofed);
-        }
+        let link = outgoing::finish(data, VirtioNetHdr::parse(&header), self.nic.mtu, &self.port.rules)?;
         Ok((Route::Wire, len, link))
     }
 
@@ -209,16 +199,22 @@ impl XdpQueue {
     fn refill(&mut self) -> bool {
         self.incoming.clear();
         self.next = 0;
-        self.fill_wake = None;
-        for index in 0..self.lanes.len() {
-            self.exchange(index);
-            let lane = &mut self.lanes[index];
-            let incoming = &mut self.incoming;
-            let umem = &lane.queue.umem;
-            lane.rx.take(BURST, |received| {
-                umem.prefetch(received.addr);
-                incoming.push((index as u8, received.addr, received.len));
-            });
+        for _ in 0..FLOOD_TURNS {
+            let mut more = false;
+            for index in 0..self.lanes.len() {
+                more |= self.exchange(index);
+                let lane = &mut self.lanes[index];
+                let incoming = &mut self.incoming;
+                let umem = &lane.queue.umem;
+                lane.rx.take(BURST, |received| {
+                    umem.prefetch(received.addr);
+                    incoming.push((index as u8, received.addr, received.len));
+                });
+            }
+            // Behind broadcasts that are all for others one for us may wait: it woke us already and does not again.
+            if !more || !self.incoming.is_empty() || !self.inbox.is_empty() {
+                break;
+            }
         }
         self.inbox_turn = INBOX_TURN;
         let lost = self.inbox.take_lost();
@@ -228,8 +224,8 @@ impl XdpQueue {
         !self.incoming.is_empty() || !self.inbox.is_empty()
     }
 
-    /// What a lane's NIC queue is locked for.
-    fn exchange(&mut self, index: usize) {
+    /// What a lane's NIC queue is locked for. True if broadcasts may be left.
+    fn exchange(&mut self, index: usize) -> bool {
         let lane = &self.lanes[index];
         let umem = &lane.queue.umem;
         let mut rings = lane.queue.rings();
@@ -237,6 +233,7 @@ impl XdpQueue {
         if self.port.rules.flood {
             rings.flood.take(FLOOD_TURN, |received| flooded.push((received.addr, received.len)));
         }
+        let more = flooded.len() == FLOOD_TURN as usize;
         for (address, len) in flooded.drain(..) {
             let (frame, offset) = umem.locate(address);
             // SAFETY: the frame came off the ring just now and is not in FILL yet: it is ours.
@@ -246,7 +243,7 @@ impl XdpQueue {
             self.recycle[index].push(frame);
         }
         if self.recycle[index].is_empty() {
-            return;
+            return more;
         }
         for frame in self.recycle[index].drain(..) {
             let pushed = rings.fill.push(umem.address(frame, 0));
@@ -254,8 +251,9 @@ impl XdpQueue {
         }
         rings.fill.publish();
         if rings.fill.needs_wakeup() {
-            self.fill_wake = Some(index);
+            self.fill_wake.add(index);
         }
+        more
     }
 
     /// Notes that the interface is gone. An error the first time for this port.
@@ -268,11 +266,6 @@ impl XdpQueue {
             "interface {name} is gone; create it again and restart this program, other interfaces are served meanwhile"
         )))
     }
-}
-
-#[cold]
-fn too_long() -> SendError {
-    SendError::Rejected(io::ErrorKind::InvalidInput.into())
 }
 
 impl UplinkQueue for XdpQueue {
@@ -399,17 +392,15 @@ impl UplinkQueue for XdpQueue {
         // The next guest may be another.
         self.known = [[0; 6]; KNOWN];
         self.full = false;
-        let mut count = self.inbox.clear();
+        let mut count = 0;
         loop {
-            let rest = self.incoming.len() - self.next;
+            count += (self.incoming.len() - self.next) as u64 + self.inbox.clear();
             for (lane, address, _) in self.incoming.drain(self.next..) {
                 let lane = usize::from(lane);
                 self.recycle[lane].push(self.lanes[lane].queue.umem.locate(address).0);
             }
-            count += rest as u64;
-            self.refill();
-            if self.incoming.is_empty() {
-                return count + self.inbox.clear();
+            if !self.refill() {
+                return count;
             }
         }
     }
@@ -432,7 +423,7 @@ impl UplinkQueue for XdpQueue {
 
     fn woken(&mut self, direction: Direction, result: &io::Result<()>) -> Woken {
         if direction == Direction::Receive {
-            return Woken::Done;
+            return if self.fill_wake.is_empty() { Woken::Done } else { Woken::Again };
         }
         let waiting = self.lanes[self.sends].tx.as_mut().map_or(0, |tx| tx.ring.waiting());
         match self.pace.after(result, waiting) {

@@ -6,7 +6,7 @@
 //!                     └─ spoofed    any other ───────► wire
 //! ```
 //! Addresses are configured, or learned from what the guest sends. A learned one never takes an address from a port that
-//! is at work. Not here: the steering in the kernel, which follows this table (`nic`).
+//! is at work, in whatever VLAN, nor the interface's own. Not here: the steering in the kernel, which follows this table (`nic`).
 #![forbid(unsafe_code)]
 
 use ebpf_common::xdp::{MacKey, VLAN_ANY, VLAN_NONE};
@@ -68,8 +68,8 @@ impl Link {
             vlan: VLAN_NONE,
             tags: 0,
         };
-        let is_tag =
-            |at: usize| matches!(frame.get(at..at + 2), Some([0x81, 0x00] | [0x88, 0xa8] | [0x91, 0x00]));
+        // Those that the XDP program knows, so that both see the same VLAN.
+        let is_tag = |at: usize| matches!(frame.get(at..at + 2), Some([0x81, 0x00] | [0x88, 0xa8]));
         if is_tag(12) && frame.len() >= 18 {
             link.vlan = u16::from_be_bytes([frame[14], frame[15]]) & 0x0fff;
             link.tags = 1 + usize::from(is_tag(16) && frame.len() >= 22);
@@ -121,18 +121,20 @@ struct Owner {
 pub struct Table {
     rules: Vec<Rules>,
     owners: HashMap<MacKey, Owner>,
+    /// The interface's own address: the host's stack would lose what comes for it.
+    host: Option<Mac>,
 }
 
 impl Table {
-    /// The table of ports with these rules, configured addresses in it.
-    pub fn new(rules: Vec<Rules>) -> Self {
+    /// The table of ports with these rules, configured addresses in it. `host` is never learned.
+    pub fn new(rules: Vec<Rules>, host: Option<Mac>) -> Self {
         let mut owners = HashMap::new();
         for (port, rules) in (0..).zip(&rules) {
             if let Some(mac) = rules.mac {
                 owners.insert(rules.key(mac), Owner { port, learned: false });
             }
         }
-        Self { rules, owners }
+        Self { rules, owners, host }
     }
 
     /// All addresses and whose they are.
@@ -170,13 +172,16 @@ impl Table {
     pub fn learn(&mut self, port: u32, source: Mac, is_live: impl Fn(u32) -> bool) -> Learned {
         let Some(rules) = self.rules.get(port as usize) else { return Learned::Full };
         let key = rules.key(source);
-        match self.owners.get(&key) {
-            Some(owner) if owner.port == port => return Learned::Known,
-            Some(owner) if !owner.learned || is_live(owner.port) => return Learned::Taken,
-            _ => {}
+        // An entry of just our VLAN would go before another's for any.
+        for key in [key, MacKey { vlan: VLAN_ANY, ..key }] {
+            match self.owners.get(&key) {
+                Some(owner) if owner.port == port => return Learned::Known,
+                Some(owner) if !owner.learned || is_live(owner.port) => return Learned::Taken,
+                _ => {}
+            }
         }
-        // A group's, or nobody's: no frame can be for it.
-        if source[0] & 1 != 0 || source == [0; 6] {
+        // A group's, or nobody's: no frame can be for it. Or the host's.
+        if source[0] & 1 != 0 || source == [0; 6] || self.host == Some(source) {
             return Learned::Taken;
         }
         if self.owners.values().filter(|owner| owner.learned && owner.port == port).count() >= LEARNED_MAX {
@@ -234,6 +239,8 @@ mod tests {
         assert_eq!((stacked.vlan, stacked.tags), (7, 2));
         let cut = Link::of(&frame(&[0x8100, 5])).unwrap();
         assert_eq!((cut.vlan, cut.tags), (0, 0), "no room for the tag and a type");
+        let other = Link::of(&frame(&[0x9100, 7, 0x0800])).unwrap();
+        assert_eq!((other.vlan, other.tags), (VLAN_NONE, 0), "no tag to the program either");
         for len in 0..14 {
             assert_eq!(Link::of(&vec![0xff; len]), None);
         }
@@ -243,7 +250,7 @@ mod tests {
     fn local_frames_stay_if_both_want_it() {
         let off = Rules { local_switch: false, ..RULES };
         let with = |mac, rules: Rules| Rules { mac: Some(mac), ..rules };
-        let table = Table::new(vec![with(A, RULES), with(B, RULES), with(C, off)]);
+        let table = Table::new(vec![with(A, RULES), with(B, RULES), with(C, off)], None);
         assert_eq!(table.route(0, &link(B, A, 0)), Route::Local(1));
         assert_eq!(table.route(0, &link(A, A, 0)), Route::Wire, "to itself");
         assert_eq!(table.route(0, &link(C, A, 0)), Route::Wire, "the other does not want it");
@@ -256,7 +263,7 @@ mod tests {
     #[test]
     fn the_exact_vlan_goes_first() {
         let vlan = |vlan| Rules { mac: Some(A), vlan, ..RULES };
-        let table = Table::new(vec![vlan(None), vlan(Some(5)), Rules { mac: Some(B), ..RULES }]);
+        let table = Table::new(vec![vlan(None), vlan(Some(5)), Rules { mac: Some(B), ..RULES }], None);
         assert_eq!(table.owner(A, 5), Some(1));
         assert_eq!(table.owner(A, 6), Some(0));
         assert_eq!(table.owner(A, VLAN_NONE), Some(0));
@@ -266,7 +273,7 @@ mod tests {
     #[test]
     fn spoofed_sources_go_nowhere() {
         let strict = Rules { mac: Some(A), vlan: Some(3), anti_spoof: true, ..RULES };
-        let table = Table::new(vec![strict]);
+        let table = Table::new(vec![strict], None);
         assert_eq!(table.route(0, &link(B, A, 3)), Route::Wire);
         assert_eq!(table.route(0, &link(B, C, 3)), Route::Spoofed);
         assert_eq!(table.route(0, &link(ALL, C, 3)), Route::Spoofed);
@@ -275,7 +282,7 @@ mod tests {
 
     #[test]
     fn learning_is_bounded_and_takes_nothing_from_who_is_at_work() {
-        let mut table = Table::new(vec![RULES, RULES, Rules { mac: Some(C), ..RULES }]);
+        let mut table = Table::new(vec![RULES, RULES, Rules { mac: Some(C), ..RULES }], None);
         let key = |mac| MacKey { mac, vlan: VLAN_ANY };
         assert_eq!(table.learn(0, A, |_| true), Learned::New(key(A)));
         assert_eq!(table.learn(0, A, |_| true), Learned::Known);
@@ -290,5 +297,32 @@ mod tests {
         assert_eq!(table.learn(1, [2, 2, 0, 0, 0, 0], |_| true), Learned::Full);
         assert_eq!(table.forget(1).len(), LEARNED_MAX);
         assert_eq!(table.addresses().collect::<Vec<_>>(), [(key(C), 2)], "what is configured stays");
+    }
+
+    #[test]
+    fn an_address_for_any_vlan_is_its_owners_in_each() {
+        let bound = Rules { vlan: Some(5), ..RULES };
+        let mut table = Table::new(vec![Rules { mac: Some(A), ..RULES }, RULES, bound], None);
+        assert_eq!(table.learn(2, A, |_| false), Learned::Taken, "configured");
+        assert!(matches!(table.learn(1, B, |_| true), Learned::New(_)));
+        assert_eq!(table.learn(2, B, |_| true), Learned::Taken, "of a port at work");
+        assert_eq!((table.owner(A, 5), table.owner(B, 5)), (Some(0), Some(1)));
+        let key = MacKey { mac: B, vlan: 5 };
+        assert_eq!(table.learn(2, B, |_| false), Learned::New(key), "port 1 has no guest any more");
+        assert_eq!(table.learn(2, C, |_| true), Learned::New(MacKey { mac: C, vlan: 5 }));
+        assert_eq!(table.learn(2, C, |_| true), Learned::Known);
+    }
+
+    #[test]
+    fn the_interfaces_own_address_is_not_learned() {
+        let bound = Rules { vlan: Some(5), ..RULES };
+        let mut table = Table::new(vec![RULES, bound], Some(A));
+        for port in 0..2 {
+            assert_eq!(table.learn(port, A, |_| false), Learned::Taken);
+            assert!(matches!(table.learn(port, [2, 0, 0, 0, 0, port as u8], |_| false), Learned::New(_)));
+        }
+        assert_eq!((table.owner(A, 0), table.owner(A, 5)), (None, None));
+        let told = Table::new(vec![Rules { mac: Some(A), ..RULES }], Some(A));
+        assert_eq!(told.owner(A, 0), Some(0), "who configures it wants it");
     }
 }
