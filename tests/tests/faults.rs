@@ -346,6 +346,43 @@ fn a_back_end_says_which_memory_is_what_and_cleans_up() -> Result<()> {
 }
 
 #[test]
+fn of_two_back_ends_that_take_one_name_at_once_one_measures() -> Result<()> {
+    measured("of_two_back_ends_that_take_one_name_at_once_one_measures", || {
+        const NAME: &str = "vun-test-twice";
+        for round in 0..3 {
+            let mut both = [measuring(NAME, "auto")?, measuring(NAME, "auto")?];
+            let said = |backend: &Backend, what: &str| {
+                backend.log_text().lines().any(|line| line.contains("fault latency:") && line.contains(what))
+            };
+            ensure!(
+                eventually(PATIENCE, || both.iter().all(|backend| said(backend, ""))),
+                "round {round}: {}{}",
+                both[0].log_text(),
+                both[1].log_text()
+            );
+            let losers =
+                both.iter().filter(|backend| said(backend, "give this one another --instance")).count();
+            let refused = both.iter().filter(|backend| said(backend, "not measured")).count();
+            ensure!(
+                (losers, refused) == (1, 1),
+                "round {round}: {}{}",
+                both[0].log_text(),
+                both[1].log_text()
+            );
+            let pins = std::fs::read_dir(Path::new(PINS).join(NAME))?.count();
+            ensure!(pins == 8, "round {round}: {pins} pins are left of the one that measures");
+            let (ok, text) = ours(&["faults", "--json"])?;
+            ensure!(ok && text.contains(NAME), "round {round}: {text}");
+            for backend in &mut both {
+                backend.terminate()?;
+            }
+            ensure!(!has_instance(NAME), "round {round}: pins were left");
+        }
+        Ok(())
+    })
+}
+
+#[test]
 fn without_rights_a_back_end_runs_and_says_once_what_it_lacks() -> Result<()> {
     const NAME: &str = "without_rights_a_back_end_runs_and_says_once_what_it_lacks";
     let Some(setpriv) = find_in_path("setpriv") else {

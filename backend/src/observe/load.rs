@@ -85,7 +85,7 @@ impl Programs {
         mut ebpf: Ebpf,
         mode: u32,
         ports: &[String],
-        claim: Claim,
+        mut claim: Claim,
     ) -> Result<(Self, EventRing), Unavailable> {
         let Owner { pid, start_time } = Owner::this();
         let meta = Meta { layout: LAYOUT, mode, pid, events_lost: 0, start_time };
