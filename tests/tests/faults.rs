@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use lab::rawfront::{Backend, Front, PATIENCE, eventually};
+use lab::rawfront::{Backend, Front, Late, PATIENCE, eventually, test_frame};
 use lab::{backend_binary, find_in_path, skip, stalls};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
@@ -341,6 +341,94 @@ fn a_back_end_says_which_memory_is_what_and_cleans_up() -> Result<()> {
         }
         ensure!(backend.terminate()?.success(), "{}", backend.log_text());
         ensure!(!has_instance(NAME), "pins were left");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_migration_that_breaks_has_its_longest_stalls_counted() -> Result<()> {
+    measured("a_migration_that_breaks_has_its_longest_stalls_counted", || {
+        const CHAINS: usize = 100;
+        let mut backend = measuring("vun-test-broken", "auto")?;
+        let mut late = Late::connect(&backend.socket("vm1"), Late::setup(256))?;
+        for _ in 0..CHAINS {
+            late.front.tx().queue_frame(Front::HEADER_LEN, &test_frame())?;
+        }
+        let rings = late.ring_pages();
+        late.depart(|page| rings.contains(&page))?;
+        late.advise()?;
+        // The programs may still be being loaded.
+        let is_on = || {
+            ours(&["faults", "--json"]).is_ok_and(|(ok, text)| ok && !text.contains("\"tracepoint-idle\""))
+        };
+        ensure!(eventually(PATIENCE, is_on), "{}", backend.log_text());
+        late.listen()?;
+        late.tell_memory()?;
+        late.acknowledge()?;
+        late.front.start_rings()?;
+        late.front.rings.iter().try_for_each(|ring| ring.kick())?;
+        let asleep = || backend.waiting_for_pages().unwrap_or_default();
+        ensure!(eventually(PATIENCE, || asleep() >= CHAINS / 2), "only {} populates wait", asleep());
+        // Longer than anything else here.
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        let sleepers = asleep() as u64;
+        let away = late.hang_up();
+        ensure!(eventually(PATIENCE, || asleep() == 0), "{} wait for ever", asleep());
+        let measured = || -> Result<(u64, u64, Value)> {
+            let (ok, text) = ours(&["faults", "--json"])?;
+            ensure!(ok, "{text}");
+            let value: Value = serde_json::from_str(&text)?;
+            let stalls = value["stalls"].as_array().context("no stalls")?;
+            let sum = |field: &str| stalls.iter().filter_map(|one| one[field].as_u64()).sum();
+            Ok((
+                sum("count"),
+                stalls.iter().filter_map(|one| one["max_ns"].as_u64()).max().unwrap_or(0),
+                value,
+            ))
+        };
+        let all = || measured().is_ok_and(|(count, longest, _)| count >= sleepers && longest > 900_000_000);
+        ensure!(eventually(PATIENCE, all), "{sleepers} slept: {:?}", measured());
+        let (_, _, value) = measured()?;
+        ensure!(value["standing"].as_array().is_none_or(Vec::is_empty), "{value}");
+        away.check_holes()?;
+        ensure!(backend.terminate()?.success(), "{}", backend.log_text());
+        Ok(())
+    })
+}
+
+#[test]
+fn of_two_back_ends_that_take_one_name_at_once_one_measures() -> Result<()> {
+    measured("of_two_back_ends_that_take_one_name_at_once_one_measures", || {
+        const NAME: &str = "vun-test-twice";
+        for round in 0..3 {
+            let mut both = [measuring(NAME, "auto")?, measuring(NAME, "auto")?];
+            let said = |backend: &Backend, what: &str| {
+                backend.log_text().lines().any(|line| line.contains("fault latency:") && line.contains(what))
+            };
+            ensure!(
+                eventually(PATIENCE, || both.iter().all(|backend| said(backend, ""))),
+                "round {round}: {}{}",
+                both[0].log_text(),
+                both[1].log_text()
+            );
+            let losers =
+                both.iter().filter(|backend| said(backend, "give this one another --instance")).count();
+            let refused = both.iter().filter(|backend| said(backend, "not measured")).count();
+            ensure!(
+                (losers, refused) == (1, 1),
+                "round {round}: {}{}",
+                both[0].log_text(),
+                both[1].log_text()
+            );
+            let pins = std::fs::read_dir(Path::new(PINS).join(NAME))?.count();
+            ensure!(pins == 8, "round {round}: {pins} pins are left of the one that measures");
+            let (ok, text) = ours(&["faults", "--json"])?;
+            ensure!(ok && text.contains(NAME), "round {round}: {text}");
+            for backend in &mut both {
+                backend.terminate()?;
+            }
+            ensure!(!has_instance(NAME), "round {round}: pins were left");
+        }
         Ok(())
     })
 }

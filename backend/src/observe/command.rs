@@ -111,6 +111,7 @@ fn unload_instance(instance: &str) -> Result<String, String> {
     let dir = bpf::pin_dir(instance);
     let place = dir.display();
     let failed = |error: io::Error| format!("{place}: {error}");
+    let _lock = pins::lock().map_err(failed)?;
     if let Some(Found::Ours(meta)) = pins::look(&dir).map_err(failed)?
         && pins::owner(&meta).is_alive()
     {

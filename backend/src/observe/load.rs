@@ -14,7 +14,7 @@ use aya::programs::tp_btf::BtfTracePointLinkId;
 use aya::programs::{BtfTracePoint, FEntry, FExit, ProgramError};
 use aya::{Btf, Ebpf, EbpfLoader};
 use ebpf_common::LAYOUT;
-use ebpf_common::faults::{Area, Kernel, Meta, NAME_LEN, Name, context, kind, mode};
+use ebpf_common::faults::{Area, Kernel, Meta, NAME_LEN, Name, Stall, context, kind, mode};
 
 /// The programs, built by `cargo xtask build-ebpf`.
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../bpf/faults.o");
@@ -85,7 +85,7 @@ impl Programs {
         mut ebpf: Ebpf,
         mode: u32,
         ports: &[String],
-        claim: Claim,
+        mut claim: Claim,
     ) -> Result<(Self, EventRing), Unavailable> {
         let Owner { pid, start_time } = Owner::this();
         let meta = Meta { layout: LAYOUT, mode, pid, events_lost: 0, start_time };
@@ -119,6 +119,8 @@ impl Programs {
     /// The kernel refuses.
     pub fn arm(&mut self) -> Result<(), Unavailable> {
         if self.meta.mode == mode::TRACEPOINT_IDLE {
+            // What began before it was last detached would seem to have lasted until now.
+            self.forget_stalls()?;
             self.armed = Some(tracepoint(&mut self.ebpf)?.attach().map_err(refused)?);
             self.set_mode(mode::TRACEPOINT)?;
         }
@@ -133,8 +135,20 @@ impl Programs {
         if let Some(link) = self.armed.take() {
             tracepoint(&mut self.ebpf)?.detach(link).map_err(refused)?;
             self.set_mode(mode::TRACEPOINT_IDLE)?;
+            // Nobody sees these end: they must not be shown as standing.
+            self.forget_stalls()?;
         }
         Ok(())
+    }
+
+    /// Forgets which threads stand still.
+    fn forget_stalls(&mut self) -> Result<(), Unavailable> {
+        let mut stalls = stalls(&mut self.ebpf)?;
+        let threads: Vec<u32> = stalls.keys().flatten().collect();
+        threads.iter().try_for_each(|thread| match stalls.remove(thread) {
+            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+            Err(error) => Err(refused(error)),
+        })
     }
 
     fn set_mode(&mut self, mode: u32) -> Result<(), Unavailable> {
@@ -198,6 +212,10 @@ fn write_meta(ebpf: &mut Ebpf, meta: Meta) -> Result<(), Unavailable> {
     // Others count in it too.
     let events_lost = place.get(&0, 0).map_or(0, |now| now.events_lost);
     place.set(0, Meta { events_lost, ..meta }, 0).map_err(refused)
+}
+
+fn stalls(ebpf: &mut Ebpf) -> Result<HashMap<&mut MapData, u32, Stall>, Unavailable> {
+    HashMap::try_from(map(ebpf, "fault_stalls")?).map_err(refused)
 }
 
 fn tracepoint(ebpf: &mut Ebpf) -> Result<&mut BtfTracePoint, Unavailable> {
@@ -265,4 +283,49 @@ fn chain(error: &dyn std::error::Error) -> String {
         next = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::uplink::netlab::in_bpf_namespace;
+    use crate::uplink::testing::skip;
+
+    #[test]
+    fn stalls_that_nobody_saw_end_are_forgotten() {
+        let name = "observe::load::tests::stalls_that_nobody_saw_end_are_forgotten";
+        in_bpf_namespace(name, || {
+            let ways = Ways { fentry: false, ..Ways::default() };
+            let mut programs = match Programs::load("ghosts", &[], ways) {
+                Ok((programs, _)) => programs,
+                Err(error) => return skip("stalls_that_nobody_saw_end_are_forgotten", &error.to_string()),
+            };
+            let stall = Stall {
+                since_ns: 1,
+                start_ns: 1,
+                slept_ns: 0,
+                address: 0,
+                completed: 0,
+                port: 0,
+                kind: 0,
+                context: 0,
+                source: 0,
+                part: 1,
+                reserved: 0,
+            };
+            // A number that no thread has.
+            let sleeps = |programs: &mut Programs| {
+                stalls(&mut programs.ebpf).unwrap().insert(u32::MAX, stall, 0).unwrap();
+            };
+            let standing = |programs: &mut Programs| stalls(&mut programs.ebpf).unwrap().keys().count();
+            sleeps(&mut programs);
+            programs.arm().unwrap();
+            assert_eq!(standing(&mut programs), 0, "left from before");
+            sleeps(&mut programs);
+            programs.arm().unwrap();
+            assert_eq!(standing(&mut programs), 1, "measured already: it goes on");
+            programs.disarm().unwrap();
+            assert_eq!(standing(&mut programs), 0, "nobody sees it end");
+        });
+    }
 }

@@ -9,9 +9,11 @@ use crate::bpf::{self, Owner, io_error};
 use aya::maps::{Array, Map, MapData, MapError};
 use ebpf_common::LAYOUT;
 use ebpf_common::faults::Meta;
-use std::fs;
+use nix::fcntl::{Flock, FlockArg};
+use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// The maps that are pinned, each under its own name.
 pub const MAPS: [&str; 8] = [
@@ -26,6 +28,10 @@ pub const MAPS: [&str; 8] = [
 ];
 /// What all names of maps begin with.
 const PREFIX: &str = "fault_";
+/// How long another process may take to change pins; loading the programs takes it some 100 ms.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How often to look whether it has done.
+const PAUSE: Duration = Duration::from_millis(10);
 /// Says whose the others are: pinned last.
 pub const META: &str = "fault_meta";
 
@@ -36,6 +42,35 @@ pub enum Found {
     Ours(Meta),
     /// Of another.
     OtherLayout,
+}
+
+/// Held while pins are changed: of two processes that take one name, the second is to see the first one's [`META`].
+///
+/// None: this user may not open the folder of pins, as one who may only write to [`bpf::PIN_ROOT`]; then nothing is held.
+///
+/// # Errors
+/// Another process has held it for too long. (It may have been stopped; this one must be able to end all the same.)
+pub fn lock() -> io::Result<Option<Flock<File>>> {
+    let mut file = match File::open(bpf::BPF_FS) {
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => return Ok(None),
+        other => other?,
+    };
+    let until = Instant::now() + PATIENCE;
+    loop {
+        file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(Some(lock)),
+            Err((file, nix::errno::Errno::EWOULDBLOCK)) if Instant::now() < until => file,
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
+                return Err(io::Error::other(format!(
+                    "another process has had {} locked for {} s (`lslocks`): end it, or wait for it, and start this one again",
+                    bpf::BPF_FS,
+                    PATIENCE.as_secs()
+                )));
+            }
+            Err((_, error)) => return Err(error.into()),
+        };
+        std::thread::sleep(PAUSE);
+    }
 }
 
 /// Reads who an instance's maps belong to. None: there is no such instance.
@@ -98,18 +133,26 @@ pub fn remove(dir: &Path) -> io::Result<bool> {
             any = true;
         }
     }
-    // What else lies there is not ours.
+    remove_folders(dir);
+    Ok(any)
+}
+
+/// Removes an instance's folder, and that of all, where they are empty: what else lies there is not ours.
+fn remove_folders(dir: &Path) {
     let _ = fs::remove_dir(dir);
     if let Some(root) = dir.parent() {
         let _ = fs::remove_dir(root);
     }
-    Ok(any)
 }
 
 /// An instance's name and place, ours until this is dropped.
 #[derive(Debug)]
 pub struct Claim {
     dir: PathBuf,
+    /// What was pinned, in that order. What else lies there may be another's.
+    pinned: Vec<PathBuf>,
+    /// Until the name is seen to be taken.
+    lock: Option<Flock<File>>,
 }
 
 impl Claim {
@@ -121,6 +164,7 @@ impl Claim {
         bpf::ensure_bpf_fs().map_err(Unavailable::BpfFs)?;
         let dir = bpf::pin_dir(instance);
         let failed = |error: io::Error| Unavailable::Pin(dir.clone(), error.to_string());
+        let lock = lock().map_err(failed)?;
         match look(&dir).map_err(failed)? {
             Some(Found::OtherLayout) => return Err(Unavailable::OtherLayout(instance.to_owned())),
             Some(Found::Ours(meta)) if owner(&meta).is_alive() => {
@@ -130,26 +174,37 @@ impl Claim {
         }
         remove(&dir).map_err(failed)?;
         fs::create_dir_all(&dir).map_err(failed)?;
-        Ok(Self { dir })
+        Ok(Self { dir, pinned: Vec::new(), lock })
     }
 
-    /// Pins a map under its name.
+    /// Pins a map under its name. With [`META`], the name is seen to be taken.
     ///
     /// # Errors
     /// It cannot be pinned; mostly because another process has just taken the name too.
-    pub fn pin(&self, name: &str, map: &Map) -> Result<(), Unavailable> {
+    pub fn pin(&mut self, name: &str, map: &Map) -> Result<(), Unavailable> {
         let path = self.dir.join(name);
         map.pin(&path).map_err(|error| {
             let why = std::error::Error::source(&error).map_or(error.to_string(), ToString::to_string);
-            Unavailable::Pin(path, why)
-        })
+            Unavailable::Pin(path.clone(), why)
+        })?;
+        self.pinned.push(path);
+        if name == META {
+            self.lock = None;
+        }
+        Ok(())
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        if let Err(error) = remove(&self.dir) {
-            tracing::warn!(%error, "{}: cannot be removed", self.dir.display());
+        for path in &self.pinned {
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    tracing::warn!(%error, "{}: cannot be removed", path.display());
+                }
+                _ => {}
+            }
         }
+        remove_folders(&self.dir);
     }
 }

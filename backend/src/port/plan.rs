@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::helper::Job;
-use super::postcopy::Awaited;
+use super::postcopy::{Awaited, Keep, Postcopy};
 use super::{Port, fds};
 use crate::memory::{GuestMemory, Mapping, RegionSpec};
 use crate::net::features;
@@ -224,19 +224,19 @@ impl Port {
         // Pairs first move to the new memory, then the old one may go.
         let share = self.share_memory();
         self.plan.steps.push_back(share);
-        self.let_go(gone, self.postcopy.uffd.clone(), old);
+        self.let_go(gone, self.postcopy.keep(), old);
     }
 
     /// Lets go of memory that no pair uses any more when this is reached: of regions whose pages are awaited by populates,
     /// too.
-    fn let_go<M: Any + Send>(&mut self, awaited: Vec<Awaited>, uffd: Option<Arc<Userfaultfd>>, memory: M) {
+    fn let_go<M: Any + Send>(&mut self, awaited: Vec<Awaited>, keep: Keep, memory: M) {
         if awaited.is_empty() {
-            return self.push(release((memory, uffd)));
+            return self.push(release((memory, keep)));
         }
         let mappings = awaited.iter().map(|region| region.mapping.clone()).collect();
-        self.push(Step::Job(Job::GiveUp(uffd.clone(), mappings)));
+        self.push(Step::Job(Job::GiveUp(keep.0.clone(), mappings)));
         let ids = awaited.iter().map(|region| region.id).collect();
-        self.push(Step::Retire(ids, Box::new((memory, awaited, uffd))));
+        self.push(Step::Retire(ids, Box::new((memory, awaited, keep))));
     }
 
     fn remove_region(&mut self, region: &RegionSpec, engine: &mut Engine) -> Result<(), String> {
@@ -432,8 +432,9 @@ impl Port {
         self.log_on = false;
         let awaited = self.forget_regions(&GuestMemory::empty(), engine);
         // The userfaultfd goes last: closing it is like unregistering all that is left.
-        let postcopy = std::mem::take(&mut self.postcopy);
-        self.let_go(awaited, postcopy.uffd, (memory, log));
+        let keep = self.postcopy.keep();
+        self.postcopy = Postcopy::default();
+        self.let_go(awaited, keep, (memory, log));
         self.backend_channel = None;
     }
 }

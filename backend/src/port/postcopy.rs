@@ -40,6 +40,9 @@ pub(crate) struct Waiting {
     pub(crate) parked: bool,
 }
 
+/// See [`Postcopy::keep`].
+pub(crate) type Keep = (Option<Arc<Userfaultfd>>, Option<Arc<Armed>>);
+
 /// What a port keeps for postcopy.
 #[derive(Default)]
 pub(crate) struct Postcopy {
@@ -60,8 +63,8 @@ pub(crate) struct Postcopy {
     /// How long the last one took, all pieces together.
     pub(crate) scan_took: Duration,
     advised: Option<Instant>,
-    /// Stalls are measured.
-    _observed: Option<Armed>,
+    /// Stalls are measured. Whoever may still sleep in a fault has a share, see [`Postcopy::keep`].
+    observed: Option<Arc<Armed>>,
     pub(crate) pages_asked: u64,
     pub(crate) pages_failed: u64,
 }
@@ -81,7 +84,7 @@ impl Port {
                 self.postcopy = Postcopy {
                     uffd: Some(uffd),
                     advised: Some(Instant::now()),
-                    _observed: Some(self.observer.arm()),
+                    observed: Some(Arc::new(self.observer.arm())),
                     ..Postcopy::default()
                 };
                 trace::phase(self.id, trace::Phase::Advised);
@@ -175,11 +178,12 @@ impl Port {
         let parks = self.counts().parks;
         trace::phase(self.id, trace::Phase::Ended);
         self.note(&format_args!("postcopy: ended, {age}; {pages_asked} pages asked for, {parks} parks"));
-        let Postcopy { uffd, regions, .. } = std::mem::take(&mut self.postcopy);
+        let keep = self.postcopy.keep();
+        let Postcopy { regions, .. } = std::mem::take(&mut self.postcopy);
         self.memory = self.memory.with_residency(&[]);
         let share = self.share_memory();
         // Closing a userfaultfd takes the lock of the whole address space.
-        self.plan_front(release((regions, uffd)));
+        self.plan_front(release((regions, keep)));
         self.plan_front(share);
     }
 
@@ -305,6 +309,12 @@ impl Port {
 }
 
 impl Postcopy {
+    /// What memory on its way out needs until nobody sleeps in its faults any more, in the order in which it goes: the
+    /// userfaultfd, and the measuring of stalls, or the longest ones would not be counted.
+    pub(crate) fn keep(&self) -> Keep {
+        (self.uffd.clone(), self.observed.clone())
+    }
+
     /// How long ago the migration was advised, in words.
     fn age(&self) -> String {
         let age = self.advised.map_or(0.0, |advised| advised.elapsed().as_secs_f64());

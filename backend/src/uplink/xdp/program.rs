@@ -28,6 +28,8 @@ use crate::bpf::io_error;
 use crate::bpf::sys::Link;
 use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray, XskMap};
 use ebpf_common::xdp::{Config, MacKey, NO_PORT, PORTS_MAX, PortStats, QUEUES_MAX, Stats, Steer, VLAN_ANY};
+use nix::fcntl::Flock;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -76,6 +78,8 @@ pub struct XdpProgram {
     sizes: Sizes,
     /// Open as long as we serve; the pin holds it anyway.
     _link: Link,
+    /// Tells others, also those who do not see this process, that we serve.
+    _held: Flock<File>,
 }
 
 /// How many of each there are in the maps.

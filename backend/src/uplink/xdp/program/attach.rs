@@ -74,14 +74,13 @@ fn make_room(options: &Options, (id, mode, flag): (u32, &'static str, u32)) -> R
     let failed = |what, error| ProgramError::call(&interface, what, error);
     // Ours, if the interface was renamed.
     if let Some(renamed) = list().into_iter().find(|pinned| pinned.program == Some(id)) {
-        if let Some(owner) = renamed.owner {
-            return Err(ProgramError::Served(interface, owner.pid));
-        }
+        let pins = Pins { interface: interface.clone(), ..Pins::of(&renamed.interface) };
+        pins.check_unserved()?;
         tracing::info!(
             "xdp:{interface}: what was pinned when it was called {} is removed",
             renamed.interface
         );
-        return Pins::of(&renamed.interface).remove().map(drop).map_err(|e| failed("removing old pins", e));
+        return pins.remove().map(drop).map_err(|e| failed("removing old pins", e));
     }
     let name = loaded_programs().flatten().find(|program| program.id() == id);
     let name = match name.as_ref().and_then(|program| program.name_as_str()) {
@@ -116,6 +115,10 @@ fn install(
     if !keeps_maps {
         pins.stage_maps(&ebpf).map_err(|error| call("pinning maps", error))?;
     }
+    let held = pins
+        .hold()
+        .and_then(|held| held.ok_or_else(|| io::ErrorKind::WouldBlock.into()))
+        .map_err(|error| call("locking its pins", error))?;
     let mut maps = Maps::take(&mut ebpf).map_err(|error| call("opening maps", io_error(error)))?;
     if keeps_maps {
         maps.forget_ports(sizes)
@@ -152,7 +155,14 @@ fn install(
     if !keeps_maps {
         pins.commit_maps().map_err(|error| call("pinning maps", error))?;
     }
-    Ok(XdpProgram { mode, was_pinned: previous.is_some(), maps: Mutex::new(maps), sizes, _link: link })
+    Ok(XdpProgram {
+        mode,
+        was_pinned: previous.is_some(),
+        maps: Mutex::new(maps),
+        sizes,
+        _link: link,
+        _held: held,
+    })
 }
 
 fn config(options: &Options, maps: &Maps) -> Config {

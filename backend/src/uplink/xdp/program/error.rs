@@ -17,7 +17,9 @@ pub enum ProgramError {
     #[error("xdp:{0}: no such interface; `ip link show` lists those of this network namespace")]
     NoInterface(String),
     /// Another process serves it.
-    #[error("xdp:{0}: served by process {1}; stop that process, or use another interface")]
+    #[error(
+        "xdp:{0}: served by process {1} (a number that may be of another PID namespace); stop that process, or use another interface"
+    )]
     Served(String, u32),
     /// What is pinned is of another version of this program.
     #[error(

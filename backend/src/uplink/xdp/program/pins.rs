@@ -8,6 +8,7 @@ use aya::Ebpf;
 use aya::maps::{Map, MapData, MapInfo, PerCpuArray};
 use ebpf_common::LAYOUT;
 use ebpf_common::xdp::{Config, MACS_MAX, MacKey, PortStats, Stats, Steer};
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::{self, File};
 use std::io;
@@ -70,6 +71,34 @@ impl Pins {
         self.folder.is_dir()
     }
 
+    /// Locks the folder: whoever serves the interface holds this as long as it does. `None`: another process does. Only to
+    /// be tried while [`lock`] is held, or two who try would take each other for one who serves.
+    pub(super) fn hold(&self) -> io::Result<Option<Flock<File>>> {
+        match Flock::lock(File::open(&self.folder)?, FlockArg::LockExclusiveNonblock) {
+            Ok(held) => Ok(Some(held)),
+            Err((_, Errno::EWOULDBLOCK)) => Ok(None),
+            Err((_, error)) => Err(error.into()),
+        }
+    }
+
+    /// Sees that no process serves the interface. The lock tells, as the process may be one that /proc does not show here
+    /// (another PID namespace, hidepid); its number tells who it is. [`lock`] is held meanwhile.
+    ///
+    /// # Errors
+    /// One does.
+    pub(super) fn check_unserved(&self) -> Result<(), ProgramError> {
+        let held = match self.hold() {
+            Ok(held) => held.is_none(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+            Err(error) => return Err(ProgramError::call(&self.interface, "locking its pins", error)),
+        };
+        let owner = self.head().map(|(_, owner)| owner);
+        if held || owner.is_some_and(|owner| owner.is_alive()) {
+            return Err(ProgramError::Served(self.interface.clone(), owner.map_or(0, |owner| owner.pid)));
+        }
+        Ok(())
+    }
+
     /// Looks at what is there. Without a link, nothing is: a process ended half-way.
     ///
     /// # Errors
@@ -78,9 +107,7 @@ impl Pins {
         if !self.exist() {
             return Ok(None);
         }
-        if let Some(owner) = self.head().map(|(_, owner)| owner).filter(Owner::is_alive) {
-            return Err(ProgramError::Served(self.interface.clone(), owner.pid));
-        }
+        self.check_unserved()?;
         let other = |why: String| ProgramError::Layout(self.interface.clone(), self.folder.clone(), why);
         if let Some((layout, _)) = self.head()
             && layout != LAYOUT
@@ -179,9 +206,7 @@ pub fn unload(interface: &str) -> Result<bool, ProgramError> {
     }
     let call = |what, error| ProgramError::call(interface, what, error);
     let _lock = lock().map_err(|error| call("locking the BPF file system", error))?;
-    if let Some(owner) = pins.head().map(|(_, owner)| owner).filter(Owner::is_alive) {
-        return Err(ProgramError::Served(interface.into(), owner.pid));
-    }
+    pins.check_unserved()?;
     pins.remove().map_err(|error| call("removing its pins", error))
 }
 

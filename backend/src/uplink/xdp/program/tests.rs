@@ -7,6 +7,8 @@ use crate::uplink::netlab::{Host, in_bpf_namespace, index_of, ip, veth, within, 
 use crate::uplink::testing::skip;
 use aya::maps::{Array, Map, MapData};
 use ebpf_common::xdp::{Config, MacKey, NO_PORT, Stats, Steer, VLAN_ANY, VLAN_NONE};
+use nix::fcntl::{Flock, FlockArg};
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::process::Command;
@@ -58,7 +60,9 @@ fn stats_soon(what: impl Fn(&Stats) -> bool) -> Stats {
 /// As if the process had been killed: it has no time to say so.
 fn killed(program: XdpProgram) {
     let interface = list()[0].interface.clone();
-    std::mem::forget(program);
+    let mut program = std::mem::ManuallyDrop::new(program);
+    let other = Flock::lock(File::open("/dev/null").unwrap(), FlockArg::LockShared).unwrap();
+    drop(std::mem::replace(&mut program._held, other));
     let mut config = pinned_config(&interface);
     let present = config.get(&0, 0).unwrap();
     config.set(0, Config { start_time: present.start_time + 1, ..present }, 0).unwrap();
@@ -210,6 +214,32 @@ fn a_live_owner_and_another_layout_are_refused() {
         assert!(error.to_string().contains("xdp_steer has (4, 32) bytes"), "{error}");
         assert!(unload("v0").unwrap(), "the remedy");
         assert!(!XdpProgram::attach(&options("v0")).unwrap().was_pinned());
+    });
+}
+
+/// One of another PID namespace, or where /proc hides those of others.
+#[test]
+fn an_owner_that_cannot_be_seen_goes_on_serving() {
+    in_bpf_namespace("uplink::xdp::program::tests::an_owner_that_cannot_be_seen_goes_on_serving", || {
+        veth("v0", "v1", 1);
+        let program = XdpProgram::attach(&options("v0")).unwrap();
+        program.set_mac(key(VLAN_ANY), Some(1)).unwrap();
+        let mut config = pinned_config("v0");
+        let present = config.get(&0, 0).unwrap();
+        config.set(0, Config { start_time: present.start_time + 1, ..present }, 0).unwrap();
+        let error = XdpProgram::attach(&options("v0")).map(drop).unwrap_err();
+        assert!(matches!(error, ProgramError::Served(..)), "{error}");
+        assert!(matches!(unload("v0"), Err(ProgramError::Served(..))));
+        let macs = program.maps().macs.iter().map(Result::unwrap).collect::<Vec<_>>();
+        assert_eq!(macs, [(key(VLAN_ANY), 1)], "its steering is as it was");
+
+        // Under another name, too.
+        ip("link set v0 down");
+        ip("link set v0 name w0");
+        let error = XdpProgram::attach(&options("w0")).map(drop).unwrap_err();
+        assert!(matches!(error, ProgramError::Served(..)), "{error}");
+        drop(program);
+        assert!(!XdpProgram::attach(&options("w0")).unwrap().was_pinned());
     });
 }
 
