@@ -192,6 +192,11 @@ pub trait UplinkQueue: Send {
     fn waiting(&mut self) -> u32 {
         0
     }
+    /// Whether a frame waits, as far as that can be seen at the price of a load or two, without a system call; what cannot be
+    /// seen turns a descriptor readable, too. `None`, always: nothing can be seen.
+    fn peek(&mut self) -> Option<bool> {
+        None
+    }
     /// Receives one frame, header first, into the buffers in their order. Returns its length in bytes, header
     /// included; a frame longer than the buffers is cut off.
     ///

@@ -95,6 +95,9 @@ impl UplinkQueue for NullQueue {
     fn send(&mut self, _frame: &[IoVec<'_>]) -> Result<(), SendError> {
         Ok(())
     }
+    fn peek(&mut self) -> Option<bool> {
+        Some(!self.frame.is_empty())
+    }
     fn receive(&mut self, buffers: &[IoVec<'_>]) -> Result<usize, ReceiveError> {
         if self.frame.is_empty() {
             return Err(ReceiveError::Empty);

@@ -356,6 +356,10 @@ impl UplinkQueue for XdpQueue {
         (self.incoming.len() - self.next) as u32
     }
 
+    fn peek(&mut self) -> Option<bool> {
+        Some(self.next < self.incoming.len() || self.lanes.iter().any(|lane| lane.rx.has_more()))
+    }
+
     #[inline]
     fn receive(&mut self, buffers: &[IoVec<'_>]) -> Result<usize, ReceiveError> {
         let header_len = self.port.header_len.load(Ordering::Relaxed).min(HDR_LEN);
