@@ -112,9 +112,9 @@ impl Polling {
     /// Packets came so long after those before, when there was so much credit.
     fn learn(&mut self, gap: Duration, credit: Duration, bound: Duration) {
         if gap > bound.min(credit) {
-            self.window = self.window / 2;
+            self.window /= 2;
         } else if gap >= self.window {
-            self.window = self.window * 2;
+            self.window *= 2;
         }
         self.window = self.window.max(WINDOW_MIN).min(bound);
     }
