@@ -330,6 +330,12 @@ impl GuestMemory {
         (piece.len == len).then_some(piece.host)
     }
 
+    /// The region of `gpa`, if everything in it is present: its start, size, and first byte.
+    #[inline]
+    pub(super) fn whole_region(&self, gpa: u64) -> Option<(u64, u64, NonNull<u8>)> {
+        self.table.find(gpa, |region| region.whole).map(|region| (region.start, region.size, region.host))
+    }
+
     /// The region that holds front-end user addresses `user .. user + len` whole.
     pub(super) fn find_user(&self, user: u64, len: u64) -> Option<Found<'_>> {
         self.table.regions.iter().find_map(|region| {

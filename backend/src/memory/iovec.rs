@@ -31,6 +31,12 @@ impl IoVec<'_> {
         Self { raw: libc::iovec { iov_base: base.cast(), iov_len: len }, memory: PhantomData }
     }
 
+    /// Its first byte.
+    #[inline]
+    pub(super) fn base(&self) -> *mut u8 {
+        self.raw.iov_base.cast()
+    }
+
     /// Bytes.
     #[inline]
     pub fn len(&self) -> usize {
@@ -194,6 +200,12 @@ impl<'m> IoVecs<'m> {
     #[inline]
     pub fn push_own_mut(&mut self, bytes: &'m mut [u8]) -> bool {
         self.push(IoVec::new(bytes.as_mut_ptr(), bytes.len()))
+    }
+
+    /// Appends a piece of guest memory to be read. False when full.
+    #[inline]
+    pub fn push_piece(&mut self, piece: IoVec<'m>) -> bool {
+        self.push(piece)
     }
 
     #[inline]

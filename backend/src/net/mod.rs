@@ -11,3 +11,4 @@ pub mod rx;
 #[cfg(test)]
 mod tests;
 pub mod tx;
+mod tx_singles;

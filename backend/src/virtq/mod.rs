@@ -5,6 +5,7 @@
 //! Chains are completed in ring order. vhost-user has one base index per ring, which cannot describe holes.
 #![forbid(unsafe_code)]
 
+mod burst;
 mod chain;
 mod lookahead;
 mod split;
@@ -12,6 +13,7 @@ mod split;
 pub(crate) mod tests;
 
 pub use crate::memory::ring::RingError;
+pub use burst::{Access, Single};
 pub use chain::{Chain, ChainError, MAX_CHAIN, Segment};
 pub use lookahead::Purpose;
 pub use split::{PopError, QueueConfig, QueueError, SplitQueue};

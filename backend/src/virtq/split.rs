@@ -138,7 +138,7 @@ pub struct SplitQueue {
     pub(super) ring: RingView,
     pub(super) next_avail: Index,
     pub(super) avail_cached: Index,
-    next_used: Index,
+    pub(super) next_used: Index,
     published: Index,
     /// The used index at the last decision on a call; None before the first.
     decided: Option<u16>,
@@ -150,7 +150,7 @@ pub struct SplitQueue {
     pub(super) config: QueueConfig,
     resynced: bool,
     #[cfg(debug_assertions)]
-    in_work: std::collections::VecDeque<u16>,
+    pub(super) in_work: std::collections::VecDeque<u16>,
 }
 
 impl SplitQueue {
@@ -394,64 +394,4 @@ fn pop_error(error: QueueError) -> PopError {
 #[inline]
 fn event_passed(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
-}
-
-/// How far before a buffer its descriptor is asked for, chains.
-const DESCRIPTORS_AHEAD: u16 = 8;
-/// A cache line, as far as prefetching goes, bytes.
-const LINE_BYTES: u64 = 64;
-/// Used elements in one.
-const USED_PER_LINE: usize = 8;
-
-impl SplitQueue {
-    /// Asks the CPU for all that the next `n` chains will need: descriptors, first lines of buffers, used elements. A burst
-    /// that begins after a pause finds none of it in its cache, and would wait for one line after the other. What it reads
-    /// serves the hint only.
-    pub fn prefetch_burst(&mut self, mem: &GuestMemory, n: u16) {
-        let n = self.available().map_or(0, |known| known.min(n));
-        let (first, used) = (self.next_avail.get(), self.next_used.get());
-        let Ok(ring) = self.ring.access() else { return };
-        for i in 0..n {
-            ring.prefetch_descriptor(ring.avail_head(first.wrapping_add(i)));
-        }
-        for i in 0..n {
-            if let Some(descriptor) = ring.descriptor(ring.avail_head(first.wrapping_add(i))) {
-                let addr = descriptor.addr().0;
-                mem.prefetch_write(addr);
-                mem.prefetch_write(addr.wrapping_add(LINE_BYTES));
-            }
-        }
-        (0..n).step_by(USED_PER_LINE).for_each(|i| ring.prefetch_used(used.wrapping_add(i)));
-    }
-
-    /// Asks the CPU for the used elements that the next `n` chains will get: the driver has just read those lines.
-    #[inline]
-    pub fn prefetch_used(&mut self, n: u16) {
-        let used = self.next_used.get();
-        if let Ok(ring) = self.ring.access() {
-            (0..n).step_by(USED_PER_LINE).for_each(|i| ring.prefetch_used(used.wrapping_add(i)));
-        }
-    }
-
-    /// Asks the CPU for the first lines of the buffer of the chain that is `ahead` places behind the next, which is going
-    /// to be written, and for the descriptor of one further behind, whose turn comes next. What it reads serves the
-    /// hint only.
-    #[inline]
-    pub fn prefetch_buffer(&mut self, mem: &GuestMemory, ahead: u16) {
-        let known = self.avail_cached.get().wrapping_sub(self.next_avail.get());
-        if ahead >= known {
-            return;
-        }
-        let ring = self.ring.access_known();
-        let at = self.next_avail.get().wrapping_add(ahead);
-        if ahead + DESCRIPTORS_AHEAD < known {
-            ring.prefetch_descriptor(ring.avail_head(at.wrapping_add(DESCRIPTORS_AHEAD)));
-        }
-        let head = ring.avail_head(at);
-        if let Some(descriptor) = ring.descriptor(head) {
-            let addr = descriptor.addr().0;
-            mem.prefetch_write(addr);
-            mem.prefetch_write(addr.wrapping_add(LINE_BYTES));
-        }
-    }
 }
