@@ -7,6 +7,7 @@
 
 mod chain;
 mod lookahead;
+mod queue;
 mod split;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -14,4 +15,5 @@ pub(crate) mod tests;
 pub use crate::memory::ring::RingError;
 pub use chain::{Chain, ChainError, MAX_CHAIN, Segment};
 pub use lookahead::Purpose;
-pub use split::{PopError, QueueConfig, QueueError, SplitQueue};
+pub use queue::{PopError, Queue, QueueConfig, QueueError};
+pub use split::SplitQueue;
