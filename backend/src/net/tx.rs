@@ -13,7 +13,7 @@ use super::header::{FRAME_LEN_MAX, FRAME_LEN_MIN, HDR_LEN, VirtioNetHdr};
 use super::tx_singles::{Singles, send_singles};
 use crate::memory::{AccessError, GuestMemory, IoVecStorage, IoVecs, MAX_IOVECS, MissingRange};
 use crate::uplink::{Burst, SendError, UplinkQueue};
-use crate::virtq::{Chain, PopError, QueueError, Segment, SplitQueue};
+use crate::virtq::{Chain, PopError, Queue, QueueError, Segment};
 use std::ops::Range;
 
 /// Bytes of frames after which a burst ends: large frames must not make other queues wait.
@@ -106,7 +106,7 @@ impl Default for Scratch {
 /// Moves up to `budget` frames from the ring to the uplink. Used entries are pushed but not published: the
 /// caller publishes and notifies once for the burst. Returns how many chains were used and why it ended.
 pub fn run(
-    ring: &mut SplitQueue,
+    ring: &mut Queue,
     memory: &GuestMemory,
     uplink: &mut dyn UplinkQueue,
     scratch: &mut Scratch,
@@ -144,7 +144,7 @@ pub fn run(
 
 /// Takes up to `room` chains off the ring, and asks for the lines that will be read next. Returns why there are no more.
 fn take(
-    ring: &mut SplitQueue,
+    ring: &mut Queue,
     memory: &GuestMemory,
     scratch: &mut Scratch,
     settings: TxSettings,
@@ -239,7 +239,7 @@ fn assemble(
 
 /// Pushes what is done, in ring order, and gives the rest back. Returns chains and bytes done.
 fn settle(
-    ring: &mut SplitQueue,
+    ring: &mut Queue,
     scratch: &mut Scratch,
     settings: TxSettings,
     counters: &PairCounters,

@@ -8,6 +8,7 @@
 mod burst;
 mod chain;
 mod lookahead;
+mod queue;
 mod split;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -16,4 +17,5 @@ pub use crate::memory::ring::RingError;
 pub use burst::{Access, Single};
 pub use chain::{Chain, ChainError, MAX_CHAIN, Segment};
 pub use lookahead::Purpose;
-pub use split::{PopError, QueueConfig, QueueError, SplitQueue};
+pub use queue::{PopError, Queue, QueueConfig, QueueError};
+pub use split::SplitQueue;

@@ -17,99 +17,12 @@
 
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
-use super::chain::{Chain, ChainError, WalkError};
-use crate::memory::ring::{RingError, RingLayout, RingView};
-use crate::memory::{GuestMemory, MissingRange};
+use super::chain::{Chain, WalkError};
+use super::queue::{PopError, QueueConfig, QueueError};
+use crate::memory::GuestMemory;
+use crate::memory::ring::RingView;
 
 use std::sync::atomic::{Ordering, fence};
-
-/// What the front-end said about a ring. Addresses in the front-end's user addresses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct QueueConfig {
-    /// Entries; a power of two up to 32768 (SET_VRING_NUM).
-    pub size: u16,
-    /// Index of the first chain to process (SET_VRING_BASE).
-    pub base: u16,
-    /// Descriptor table (SET_VRING_ADDR).
-    pub desc_user: u64,
-    /// Available ring.
-    pub avail_user: u64,
-    /// Used ring.
-    pub used_user: u64,
-    /// Guest-physical address for logging used-ring writes, if VHOST_VRING_F_LOG is set.
-    pub log_used: Option<u64>,
-    /// VIRTIO_F_EVENT_IDX was negotiated.
-    pub event_idx: bool,
-    /// VIRTIO_F_INDIRECT_DESC was negotiated.
-    pub indirect: bool,
-}
-
-impl QueueConfig {
-    /// Where the ring's memory is.
-    pub fn layout(&self) -> RingLayout {
-        RingLayout {
-            size: self.size,
-            desc_user: self.desc_user,
-            avail_user: self.avail_user,
-            used_user: self.used_user,
-            log_used: self.log_used,
-            event_idx: self.event_idx,
-        }
-    }
-}
-
-/// Why a ring cannot be used (any more, or yet).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum QueueError {
-    /// Size or addresses are wrong.
-    #[error(transparent)]
-    Ring(#[from] RingError),
-    /// The available index is further ahead than the queue is long, or went back.
-    #[error("available index {idx} with {next} next and {used} used of {size}")]
-    AvailJump {
-        /// What the guest wrote.
-        idx: u16,
-        /// The first chain not taken yet.
-        next: u16,
-        /// Chains that the guest saw completed.
-        used: u16,
-        /// Entries of the queue.
-        size: u16,
-    },
-    /// An available entry names a descriptor outside the table.
-    #[error("available entry {head} in a queue of {size}")]
-    BadHead {
-        /// What the guest wrote.
-        head: u16,
-        /// Entries of the queue.
-        size: u16,
-    },
-    /// The ring itself has not arrived: park.
-    #[error(transparent)]
-    Missing(#[from] MissingRange),
-    /// Memory of which pages may be missing was given to a queue with chains in work.
-    #[error("the memory table was replaced while chains were in work")]
-    Busy,
-}
-
-/// Why no chain was taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PopError {
-    /// The chain is malformed. It counts as popped: give it back with `push(head, 0)`.
-    #[error("chain {head}: {why}")]
-    Bad {
-        /// Its first descriptor.
-        head: u16,
-        /// What is wrong with it.
-        why: ChainError,
-    },
-    /// Descriptors have not arrived. Nothing was taken: park, then pop again.
-    #[error(transparent)]
-    Missing(MissingRange),
-    /// The ring cannot be used.
-    #[error(transparent)]
-    Broken(QueueError),
-}
 
 /// A free-running 16-bit index in a word of its own.
 ///

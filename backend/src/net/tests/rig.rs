@@ -7,7 +7,7 @@ use crate::net::counters::{PairCounters, PairCounts};
 use crate::net::rx::{Receiver, RxSettings, Scratch};
 use crate::net::tx::{self, End, TxSettings};
 use crate::uplink::testing::FakeUplink;
-use crate::virtq::SplitQueue;
+use crate::virtq::Queue;
 use crate::virtq::tests::driver::{Driver, MEM_SIZE, USED, WRITE};
 use std::collections::HashMap;
 use std::fs::File;
@@ -30,7 +30,7 @@ pub fn frame(header_len: usize, seed: u64, len: usize) -> Vec<u8> {
 
 pub struct Rig {
     pub driver: Driver,
-    pub queue: SplitQueue,
+    pub queue: Queue,
     pub memory: GuestMemory,
     pub uplink: FakeUplink,
     pub counters: PairCounters,
@@ -50,7 +50,7 @@ impl Rig {
     pub fn new(size: u16, header_len: usize, mergeable: bool) -> Self {
         let driver = Driver::new(size);
         Self {
-            queue: driver.queue(),
+            queue: Queue::Split(driver.queue()),
             memory: driver.mem.clone(),
             driver,
             uplink: FakeUplink::new(),
