@@ -10,7 +10,7 @@ use super::header::{HDR_LEN, VirtioNetHdr};
 use super::tx::{BATCH, End, not_sent};
 use crate::memory::{GuestMemory, IoVec, IoVecStorage, Nearby};
 use crate::uplink::{Burst, SendError, UplinkQueue};
-use crate::virtq::{Access, Single, SplitQueue};
+use crate::virtq::{Access, Queue, Single};
 use arrayvec::ArrayVec;
 use std::ops::Range;
 
@@ -43,7 +43,7 @@ impl Default for Singles {
 #[allow(clippy::too_many_arguments)]
 #[inline]
 pub(super) fn send_singles(
-    ring: &mut SplitQueue,
+    ring: &mut Queue,
     memory: &GuestMemory,
     uplink: &mut dyn UplinkQueue,
     scratch: &mut Singles,

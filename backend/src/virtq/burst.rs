@@ -2,7 +2,8 @@
 //! one loop. Also the hints that a burst gives to the CPU before it begins. Chains of any other shape are for `pop`.
 #![forbid(unsafe_code)]
 
-use super::split::{Index, QueueError, SplitQueue};
+use super::queue::QueueError;
+use super::split::{Index, SplitQueue};
 use crate::memory::GuestMemory;
 
 /// A chain of one direct descriptor.

@@ -1,6 +1,7 @@
 //! A virtqueue of either format: what its owner sees. How each works is in `split`.
 #![forbid(unsafe_code)]
 
+use super::burst::{Access, Single};
 use super::chain::{Chain, ChainError};
 use super::lookahead::Purpose;
 use super::split::SplitQueue;
@@ -173,6 +174,16 @@ impl Queue {
         forward!(self.pop(mem, chain))
     }
 
+    /// Takes chains of one direct descriptor off the ring, up to the first chain of another shape or as many as there is room
+    /// for in `out`, and returns how many. 0: [`Self::pop`] knows what the next one is, or that there is none.
+    ///
+    /// # Errors
+    /// The ring is missing or broken, as [`Self::available`] says.
+    #[inline]
+    pub fn pop_singles(&mut self, access: Access, out: &mut [Single]) -> Result<usize, QueueError> {
+        forward!(self.pop_singles(access, out))
+    }
+
     /// Gives back the last `n` chains popped, as if they had not been: for receive buffers that were not needed.
     #[inline]
     pub fn unpop(&mut self, n: u16) {
@@ -184,6 +195,12 @@ impl Queue {
     #[inline]
     pub fn push(&mut self, head: u16, len: u32) {
         forward!(self.push(head, len))
+    }
+
+    /// Completes the oldest chains in work, each given by its head and the bytes that were written into it.
+    #[inline]
+    pub fn push_all(&mut self, chains: impl Iterator<Item = (u16, u32)>) {
+        forward!(self.push_all(chains))
     }
 
     /// Makes all that was pushed visible to the guest, and logs it.
