@@ -31,6 +31,7 @@ pub mod sigbus;
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+mod transfer;
 
 pub use dirty::{DirtyLog, LOG_PAGE_SIZE};
 pub use error::{AccessError, LayoutError, MapError, MissingRange};
@@ -40,3 +41,4 @@ pub use layout::RegionSpec;
 pub use mapping::Mapping;
 pub use nearby::Nearby;
 pub use residency::ResidencyMap;
+pub use transfer::{Place, Source};
