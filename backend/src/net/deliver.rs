@@ -164,7 +164,8 @@ impl Delivery<'_> {
             while open && lines < LINES_AHEAD {
                 let next = places.len();
                 let place = singles.get(next).and_then(|single| near.place(single.gpa, single.len));
-                let len = header_len + frames.get(next).map_or(0, |frame| frame_len(&burst.buffers[frame.clone()]));
+                let len =
+                    header_len + frames.get(next).map_or(0, |frame| frame_len(&burst.buffers[frame.clone()]));
                 match place.filter(|place| place.len() >= len) {
                     Some(place) => {
                         let asked = place.prefetch_write(len);
