@@ -7,7 +7,7 @@ use super::PairToken;
 use super::ahead::Told;
 use crate::memory::MissingRange;
 use crate::reactor::{OpId, Reactor};
-use crate::virtq::{QueueError, SplitQueue};
+use crate::virtq::{Queue, QueueError};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ pub(super) enum Watch {
 
 /// A started ring and its notifications.
 pub(super) struct Ring {
-    pub(super) queue: SplitQueue,
+    pub(super) queue: Queue,
     pub(super) kick: Option<Arc<OwnedFd>>,
     pub(super) kick_poll: Option<OpId>,
     /// Look at it in the next turn.

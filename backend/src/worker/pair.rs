@@ -15,7 +15,7 @@ use crate::net::rx::Receiver;
 use crate::observe::trace;
 use crate::reactor::{Done, OpId, Reactor};
 use crate::uplink::UplinkQueue;
-use crate::virtq::{QueueConfig, SplitQueue};
+use crate::virtq::{Queue, QueueConfig};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -240,7 +240,7 @@ impl Pair {
         enabled: bool,
     ) -> Reply {
         self.stop(reactor, direction);
-        let mut queue = match SplitQueue::new(&self.memory, config) {
+        let mut queue = match Queue::new(&self.memory, config) {
             Ok(queue) => queue,
             Err(error) => return Reply::Failed(format!("ring cannot start: {error}")),
         };
@@ -274,7 +274,7 @@ impl Pair {
         }
         let memory = self.memory.clone();
         let Some(ring) = &mut self.half(direction).ring else { return Reply::Done };
-        match SplitQueue::new(&memory, &QueueConfig { base: ring.queue.base(), ..config }) {
+        match Queue::new(&memory, &QueueConfig { base: ring.queue.base(), ..config }) {
             Ok(queue) => {
                 ring.queue = queue;
                 ring.watch = Watch::Kick;

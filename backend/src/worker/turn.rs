@@ -13,7 +13,7 @@ use crate::net::rx::RxSettings;
 use crate::net::tx::{self, End, TxSettings};
 use crate::observe::trace;
 use crate::reactor::Reactor;
-use crate::virtq::SplitQueue;
+use crate::virtq::Queue;
 use std::time::Instant;
 
 /// Frames after which used entries are published and the driver is notified.
@@ -186,7 +186,7 @@ impl Pair {
 }
 
 /// Publishes a burst's used entries. True if the driver wants to be notified.
-fn finish_burst(queue: &mut SplitQueue, used: u32, counters: &PairCounters) -> bool {
+fn finish_burst(queue: &mut Queue, used: u32, counters: &PairCounters) -> bool {
     if used == 0 {
         return false;
     }
