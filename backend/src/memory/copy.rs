@@ -62,6 +62,20 @@ pub(super) unsafe fn to_guest(dst: *mut u8, src: &[u8]) {
     }
 }
 
+/// Copies an array into guest memory, in as few moves as its length, known to the compiler, takes.
+///
+/// # Safety
+/// `dst` must be valid for writes of `N` bytes inside a live guest mapping.
+#[inline(always)]
+pub(super) unsafe fn array_to_guest<const N: usize>(dst: *mut u8, src: &[u8; N]) {
+    // SAFETY: the caller's promise; `src` has `N` bytes.
+    unsafe {
+        let done = pieces::<Word, false, true>(src.as_ptr(), dst, 0, N);
+        let done = pieces::<Half, false, true>(src.as_ptr(), dst, done, N);
+        pieces::<u8, false, true>(src.as_ptr(), dst, done, N);
+    }
+}
+
 /// Copies `len` bytes out of guest memory, many at a time, each loaded once.
 ///
 /// # Safety
@@ -124,6 +138,9 @@ unsafe fn bulk<const FROM: bool, const TO: bool>(src: *const u8, dst: *mut u8, l
             store::<Wide, TO>(dst.add(done + 3 * WIDE), d);
         }
         done += 4 * WIDE;
+    }
+    if done == len {
+        return;
     }
     // SAFETY: each call goes on where the last one ended, within `len`.
     unsafe {

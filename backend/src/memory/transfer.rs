@@ -6,7 +6,7 @@
 
 use super::AccessError;
 use super::copy;
-use super::guest::GuestMemory;
+use super::guest::{GuestMemory, prefetch_write};
 use super::iovec::IoVec;
 use super::nearby::Nearby;
 
@@ -43,24 +43,31 @@ impl Place<'_> {
     #[inline(always)]
     pub fn prefetch_write(&self, len: usize) -> usize {
         let lines = (self.0.base().addr() % LINE + len).div_ceil(LINE);
-        self.0.prefetch_write(lines);
+        let mut line = self.0.base();
+        for _ in 0..lines {
+            // A prefetch never faults, so one beyond the end does no harm.
+            prefetch_write(line);
+            line = line.wrapping_add(LINE);
+        }
         lines
     }
 
-    /// Copies `header` to its beginning and the pieces of a frame behind, as far as there is room. Returns how many bytes.
+    /// Copies the first `H` bytes of `header` to its beginning and the pieces of a frame behind, as far as there is room.
     #[inline(always)]
-    pub fn fill(self, header: &[u8], frame: &[IoVec<'_>]) -> usize {
+    pub fn fill<const H: usize>(self, header: &[u8; H], frame: &[IoVec<'_>]) {
         let (to, room) = (self.0.base(), self.0.len());
-        let mut done = header.len().min(room);
-        // SAFETY: the place is guest memory that stays mapped while it lives and has room for `done` bytes.
-        unsafe { copy::to_guest(to, &header[..done]) };
+        let mut done = H;
+        if done > room {
+            return;
+        }
+        // SAFETY: the place is guest memory that stays mapped while it lives and has room for `H` bytes.
+        unsafe { copy::array_to_guest(to, header) };
         for piece in frame {
             let len = piece.len().min(room - done);
             // SAFETY: `done + len <= room`; a piece is memory that stays mapped while it lives.
             unsafe { copy::bulk_between_guests(piece.base(), to.add(done), len) };
             done += len;
         }
-        done
     }
 }
 
@@ -149,16 +156,18 @@ mod tests {
         let place = near.place(0x1001, 200).unwrap();
         assert_eq!(place.prefetch_write(63), 1);
         assert_eq!(place.prefetch_write(64), 2);
-        assert_eq!(place.fill(&[9; 12], pieces.as_slice()), 87);
+        place.fill(&[9; 12], pieces.as_slice());
         let expected = [&[0u8][..], &[9; 12], &a, &b, &[0]].concat();
         assert_eq!(bytes(&file, 0x1000, expected.len()), expected);
-        for len in [1, 5, 12, 13, 82, 83, 86] {
+        for len in [12, 13, 82, 83, 86] {
             let place = near.place(0x2000, len).unwrap();
-            assert_eq!(place.fill(&[9; 12], pieces.as_slice()), len as usize);
+            place.fill(&[9; 12], pieces.as_slice());
             assert_eq!(bytes(&file, 0x2000, len as usize), expected[1..][..len as usize]);
             assert_eq!(bytes(&file, 0x2000 + u64::from(len), 1), [0]);
         }
         assert!(near.place(0x3fff, 2).is_none());
+        near.place(0x3000, 11).unwrap().fill(&[9; 12], pieces.as_slice());
+        assert_eq!(bytes(&file, 0x3000, 12), [0; 12]);
     }
 
     #[test]
@@ -187,6 +196,6 @@ mod tests {
         let mut pieces = IoVecs::new();
         memory.push_iovecs(0x1000, 300, &mut pieces).unwrap();
         let place = Nearby::new(&memory).place(0x1010, 312).unwrap();
-        assert_eq!(place.fill(&[0; 12], pieces.as_slice()), 312);
+        place.fill(&[0; 12], pieces.as_slice());
     }
 }

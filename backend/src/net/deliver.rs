@@ -24,9 +24,11 @@ use arrayvec::ArrayVec;
 
 /// Frames whose buffers are taken off the ring at once.
 const BATCH: usize = 64;
-/// Lines of buffers that are asked for ahead of the copy: a batch of small frames, four of 1500 bytes. Those of more large
-/// ones would drive each other out of the first cache.
+/// Lines of buffers that are asked for ahead of the copy: a batch of small frames, but four to eight of 1500 bytes. Those of
+/// more large ones would drive each other out of the first cache.
 const LINES_AHEAD: usize = 192;
+/// A cache line, as far as prefetching goes, bytes.
+const LINE: usize = 64;
 /// Chains that one frame may be spread over.
 const CHAINS_MAX: usize = 1024;
 /// Bad chains that one burst refuses; each can cost a walk over 1024 descriptors.
@@ -138,10 +140,27 @@ fn frame_len(buffers: &[IoVec<'_>]) -> usize {
 /// A frame's header with num_buffers.
 #[inline(always)]
 fn header(buffers: &[IoVec<'_>], num_buffers: u16) -> [u8; HDR_LEN] {
-    let mut header = [0; HDR_LEN];
-    gather(&buffers[..1], &mut header);
+    let mut header = match buffers.first().and_then(|header| header.take_front::<HDR_LEN>()) {
+        Some((header, _)) => header,
+        None => short_header(buffers),
+    };
     header[HDR_LEN_LEGACY..].copy_from_slice(&num_buffers.to_le_bytes());
     header
+}
+
+#[cold]
+fn short_header(buffers: &[IoVec<'_>]) -> [u8; HDR_LEN] {
+    let mut header = [0; HDR_LEN];
+    gather(&buffers[..1], &mut header);
+    header
+}
+
+/// A frame's buffer that was found.
+struct Found<'a> {
+    place: Place<'a>,
+    /// Bytes of header and frame.
+    len: usize,
+    buffers: &'a [IoVec<'a>],
 }
 
 impl Delivery<'_> {
@@ -155,49 +174,58 @@ impl Delivery<'_> {
         let header_len = self.settings.header_len;
         // An error comes up again where it is reported.
         let taken = self.ring.pop_singles(Access::Writable, &mut scratch.singles[..room]).unwrap_or(0);
-        let singles = &mut scratch.singles[..taken];
+        let singles = &scratch.singles[..taken];
         let mut near = Nearby::new(self.memory);
-        let mut places: ArrayVec<(Place<'_>, usize), BATCH> = ArrayVec::new();
+        let mut found: ArrayVec<Found<'_>, BATCH> = ArrayVec::new();
+        let mut next = singles.iter().zip(frames);
         let (mut lines, mut bytes, mut done) = (0, 0, 0);
-        let mut open = true;
-        loop {
-            while open && lines < LINES_AHEAD {
-                let next = places.len();
-                let place = singles.get(next).and_then(|single| near.place(single.gpa, single.len));
-                let len = header_len + frames.get(next).map_or(0, |frame| frame_len(&burst.buffers[frame.clone()]));
-                match place.filter(|place| place.len() >= len) {
-                    Some(place) => {
-                        let asked = place.prefetch_write(len);
-                        lines += asked;
-                        places.push((place, asked));
-                    }
-                    None => open = false,
+        let mut more = true;
+        while more {
+            more = false;
+            for (single, frame) in next.by_ref() {
+                let buffers = &burst.buffers[frame.clone()];
+                let len = header_len + frame_len(buffers);
+                let Some(place) = near.place(single.gpa, single.len).filter(|place| place.len() >= len) else {
+                    break;
+                };
+                lines += place.prefetch_write(len);
+                found.push(Found { place, len, buffers });
+                if lines >= LINES_AHEAD {
+                    more = true;
+                    break;
                 }
             }
-            let Some((place, asked)) = places.get(done) else { break };
-            let buffers = &burst.buffers[frames[done].clone()];
-            let header = header(buffers, 1);
-            // The usual length is known when this is compiled, and takes two moves.
-            let filled = match header_len {
-                HDR_LEN => place.fill(&header, &buffers[1..]),
-                len => place.fill(&header[..len], &buffers[1..]),
-            };
-            lines -= asked;
-            let single = &mut singles[done];
-            single.len = filled as u32;
-            if self.memory.log_on() {
-                self.memory.mark_written(single.gpa, filled as u32);
+            for Found { place, len, buffers } in &found[done..] {
+                let header = header(buffers, 1);
+                let frame = buffers.get(1..).unwrap_or_default();
+                if header_len == HDR_LEN {
+                    place.fill(&header, frame);
+                } else if let Some(legacy) = header.first_chunk::<HDR_LEN_LEGACY>() {
+                    place.fill(legacy, frame);
+                }
+                bytes += len;
+                done += 1;
+                if more {
+                    lines = lines.saturating_sub(len.div_ceil(LINE));
+                    if lines < LINES_AHEAD / 2 {
+                        break;
+                    }
+                }
             }
-            bytes += filled - header_len;
-            done += 1;
         }
         if taken > 0 {
-            self.ring.push_all(singles[..done].iter().map(|single| (single.head, single.len)));
+            let used = singles.iter().zip(&found).map(|(single, found)| (single.head, found.len as u32));
+            if self.memory.log_on() {
+                singles.iter().zip(&found).for_each(|(single, found)| {
+                    self.memory.mark_written(single.gpa, found.len as u32);
+                });
+            }
+            self.ring.push_all(used);
             self.ring.unpop((taken - done) as u16);
         }
         self.used += done as u32;
         self.packets += done as u64;
-        self.bytes += bytes as u64;
+        self.bytes += (bytes - done * header_len) as u64;
         done
     }
 
