@@ -163,20 +163,6 @@ impl Drop for Helper {
     }
 }
 
-/// Pages of 1 GiB: a link of 10 Gbit/s needs a second for each.
-const HUGE_PAGE: u64 = 1 << 30;
-
-fn warn_of_huge_pages(mapping: &Mapping) {
-    if mapping.page_size() >= HUGE_PAGE {
-        tracing::warn!(
-            "guest memory at {:#x} has pages of {} MiB: in postcopy each missing one stalls a ring for as long as the \
-             migration's link needs to carry it",
-            mapping.spec().guest_phys,
-            mapping.page_size() >> 20
-        );
-    }
-}
-
 /// Where answers go.
 #[derive(Clone)]
 struct Answers {
@@ -219,7 +205,6 @@ fn perform(job: Job) -> Option<JobDone> {
                     };
                     let mapping = Mapping::new(fd, &spec).map_err(|error| at(&error))?;
                     if let Some(uffd) = &uffd {
-                        warn_of_huge_pages(&mapping);
                         uffd.register(&mapping).map_err(|error| at(&error))?;
                     }
                     Ok(Arc::new(mapping))
@@ -232,10 +217,7 @@ fn perform(job: Job) -> Option<JobDone> {
         Job::Register(uffd, mappings) => JobDone::Ended(
             mappings
                 .iter()
-                .try_for_each(|mapping| {
-                    warn_of_huge_pages(mapping);
-                    uffd.register(mapping)
-                })
+                .try_for_each(|mapping| uffd.register(mapping))
                 .map_err(|error| format!("postcopy: {error}")),
         ),
         // Normally on its own thread.

@@ -18,6 +18,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+/// Pages so large, bytes, make stalls of seconds.
+const HUGE_PAGE: u64 = 1 << 30;
+
 /// A region whose pages are awaited.
 #[derive(Clone)]
 pub struct Awaited {
@@ -258,6 +261,9 @@ impl Port {
                     return Some(known.present.clone());
                 }
                 let (size, page_size) = (mapping.spec().size, mapping.page_size());
+                if page_size >= HUGE_PAGE {
+                    self.caution(&stall_to_expect(mapping.spec().guest_phys, page_size));
+                }
                 let present = Arc::new(ResidencyMap::new(size, page_size));
                 let id = engine.add(self.id, mapping.host_addr(), size, page_size, present.clone());
                 let region = Awaited {
@@ -319,5 +325,29 @@ impl Postcopy {
     fn age(&self) -> String {
         let age = self.advised.map_or(0.0, |advised| advised.elapsed().as_secs_f64());
         format!("{age:.3} s after advice")
+    }
+}
+
+/// What pages so large cost, in words.
+fn stall_to_expect(guest_phys: u64, page_size: u64) -> String {
+    let seconds = |gbits: f64| page_size as f64 * 8.0 / (gbits * 1e9);
+    format!(
+        "postcopy: guest memory at {guest_phys:#x} has pages of {} GiB: a ring that needs one stands still until all of it \
+         has come, {:.1} s at 10 Gbit/s and {:.1} s at 1 Gbit/s. Pages of 2 MiB or less keep stalls short",
+        page_size >> 30,
+        seconds(10.0),
+        seconds(1.0)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_stall_to_expect_is_told_in_seconds() {
+        let text = stall_to_expect(1 << 32, HUGE_PAGE);
+        assert!(text.contains("at 0x100000000 has pages of 1 GiB"), "{text}");
+        assert!(text.contains("0.9 s at 10 Gbit/s and 8.6 s at 1 Gbit/s"), "{text}");
     }
 }
