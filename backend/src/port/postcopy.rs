@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 use super::Port;
-use super::helper::Job;
+use super::helper::{Job, WakeQueued};
 use super::plan::{Purpose, Step, release};
 use crate::memory::{GuestMemory, Mapping, MissingRange, ResidencyMap};
 use crate::observe::{Armed, trace};
@@ -65,6 +65,7 @@ pub(crate) struct Postcopy {
     pub(crate) scanning: bool,
     /// How long the last one took, all pieces together.
     pub(crate) scan_took: Duration,
+    wake_queued: WakeQueued,
     advised: Option<Instant>,
     /// Stalls are measured. Whoever may still sleep in a fault has a share, see [`Postcopy::keep`].
     observed: Option<Arc<Armed>>,
@@ -143,8 +144,11 @@ impl Port {
         }
     }
 
+    /// None: nobody can wait, or one is due already.
     fn wake_all(&self) -> Option<Job> {
-        Some(Job::Wake(self.postcopy.uffd.clone()?, self.awaited_mappings()))
+        let Postcopy { uffd, wake_queued, .. } = &self.postcopy;
+        let uffd = uffd.clone().filter(|_| !wake_queued.get())?;
+        Some(Job::Wake(uffd, self.awaited_mappings(), wake_queued.clone()))
     }
 
     /// POSTCOPY_END: nothing may be under way when the ranges are unregistered, or it would make pages of zeros. So nothing
