@@ -14,6 +14,7 @@ use crate::postcopy::uffd::Userfaultfd;
 use crate::session::Outcome;
 use crate::worker::{Command, Direction};
 use std::collections::HashMap;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -41,6 +42,20 @@ pub(crate) struct Waiting {
     pub(crate) since: Instant,
     /// It is parked: nothing moves before that has come. Otherwise it only cannot be looked at in advance.
     pub(crate) parked: bool,
+}
+
+/// What follows from a page that cannot be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PageFailed {
+    /// It never will: the port is to be reset.
+    MemoryLost,
+    /// END waited for it: memory is given up, and the plan goes on with that.
+    EndFailed,
+    /// It is asked for again when rings look again, for which a timer may be due already.
+    LookAgain {
+        /// It is.
+        is_due: bool,
+    },
 }
 
 /// See [`Postcopy::keep`].
@@ -211,6 +226,23 @@ impl Port {
     pub(crate) fn drain_failed(&mut self, engine: &mut Engine) {
         let missing = engine.in_flight(self.id) + engine.queued(self.id);
         self.lose_memory(&format!("{missing} pages that rings wait for have not arrived"), engine);
+    }
+
+    /// A page that was asked for cannot be had.
+    pub(crate) fn page_failed(&mut self, error: &io::Error, engine: &mut Engine) -> PageFailed {
+        self.postcopy.pages_failed += 1;
+        // Whoever touched it would get SIGBUS: it lies behind the end of the file, or is broken. It will not come.
+        if matches!(error.raw_os_error(), Some(libc::EFAULT | libc::EHWPOISON)) {
+            return PageFailed::MemoryLost;
+        }
+        if self.postcopy.draining.is_some() {
+            // END waits for that page, and without it the ring would find zeros.
+            self.warn(&format_args!("a page cannot be had at the end of postcopy: {error}"));
+            self.drain_failed(engine);
+            return PageFailed::EndFailed;
+        }
+        self.warn(&format_args!("a page cannot be had and is asked for again: {error}"));
+        PageFailed::LookAgain { is_due: std::mem::replace(&mut self.postcopy.looks_again, true) }
     }
 
     /// Guest memory cannot be used any more, and its holes must stay holes: rings stop, it goes.
