@@ -319,7 +319,8 @@ fn the_process_ends_in_every_phase() -> Result<()> {
 fn the_process_ends_in_the_middle_of_a_teardown() -> Result<()> {
     let port = |name| format!("[[port]]\nname = '{name}'\nsocket = '@/{name}.sock'\nuplink = 'null'\n");
     for phase in [Phase::RingsMissing, Phase::BuffersMissing, Phase::Draining] {
-        for workers in [1, 2] {
+        // Twice, since what is under way where when it sleeps is chance.
+        for workers in [1, 2, 1, 2] {
             let config = format!("workers = {workers}\n{}{}", port(GOOD), port(BAD));
             let mut arena = Arena::over(Backend::with_config(&config)?)?;
             let late = bring(&arena, phase)?;
