@@ -82,6 +82,8 @@ pub(crate) struct Postcopy {
     pub(crate) scan_took: Duration,
     wake_queued: WakeQueued,
     advised: Option<Instant>,
+    /// LISTEN has come.
+    listened: bool,
     /// Stalls are measured. Whoever may still sleep in a fault has a share, see [`Postcopy::keep`].
     observed: Option<Arc<Armed>>,
     pub(crate) pages_asked: u64,
@@ -119,6 +121,7 @@ impl Port {
     /// comes: what its holes will hold nobody has said yet.
     pub(crate) fn postcopy_listen(&mut self, engine: &mut Engine) {
         trace::phase(self.id, trace::Phase::Listening);
+        self.postcopy.listened = true;
         self.note(&format_args!("postcopy: listening, {}", self.postcopy.age()));
         let Some(uffd) = self.postcopy.uffd.clone().filter(|_| !self.memory.mappings().is_empty()) else {
             return;
@@ -195,11 +198,15 @@ impl Port {
         for region in &self.postcopy.regions {
             engine.remove(region.id);
         }
-        let Postcopy { pages_asked, .. } = self.postcopy;
+        let Postcopy { pages_asked, listened, .. } = self.postcopy;
         let age = self.postcopy.age();
         let parks = self.counts().parks;
         trace::phase(self.id, trace::Phase::Ended);
-        self.note(&format_args!("postcopy: ended, {age}; {pages_asked} pages asked for, {parks} parks"));
+        match listened {
+            true => self
+                .note(&format_args!("postcopy: ended, {age}; {pages_asked} pages asked for, {parks} parks")),
+            false => self.note(&format_args!("postcopy: not needed, {age}")),
+        }
         let keep = self.postcopy.keep();
         let Postcopy { regions, .. } = std::mem::take(&mut self.postcopy);
         self.memory = self.memory.with_residency(&[]);
