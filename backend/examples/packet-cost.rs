@@ -131,6 +131,10 @@ fn main() {
         memory = memory.with_residency(&[Some(Arc::new(map))]);
     }
     let config = QueueConfig {
+        #[cfg(not(before_queue))]
+        packed: false,
+        #[cfg(not(before_queue))]
+        batch_used: false,
         size: SIZE,
         base: 0,
         desc_user: USER + DESC,
