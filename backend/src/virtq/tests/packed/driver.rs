@@ -1,15 +1,12 @@
 //! A driver's side of a packed queue, over the file of the guest's memory. It does what Linux' does: buffer ids from a free list,
 //! the first descriptor of a chain made available last, its own count of descriptors by id.
 
-use std::fs::File;
-
 use super::super::super::{PackedQueue, QueueConfig};
 use super::super::driver::{AVAIL, DESC, Driver, NEXT, USED, WRITE};
 use crate::memory::GuestMemory;
 
 pub const F_AVAIL: u16 = 1 << 7;
 pub const F_USED: u16 = 1 << 15;
-pub const ENABLE: u16 = 0;
 pub const DISABLE: u16 = 1;
 pub const AT_DESCRIPTOR: u16 = 2;
 
@@ -106,10 +103,6 @@ impl PackedDriver {
 
     pub fn mem(&self) -> &GuestMemory {
         &self.base.mem
-    }
-
-    pub fn file(&self) -> &File {
-        &self.base.file
     }
 
     pub fn queue(&self) -> PackedQueue {
