@@ -1,20 +1,25 @@
 //! vubench: loads and measures any vhost-user network back-end.
 //!
 //! Here: the command line only. `tap` and `xdp` run several back-ends against each other, on what is in `compare`; `raw`
-//! and `xsk` have the bare loops, `generate` puts frames into an interface, `postcopy` is a front-end whose memory has not
+//! and `xsk` have the bare loops, `load` a front-end with the driver in `driver`, `generate` puts frames into an interface, `postcopy` is a front-end whose memory has not
 //! arrived.
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 mod compare;
+mod driver;
 mod generate;
 mod interrupt;
+mod load;
+mod mapping;
 mod netspace;
+mod packet;
 mod postcopy;
 mod procstat;
 mod raw;
 mod report;
+mod session;
 mod tap;
 mod testpmd;
 mod xdp;
@@ -40,6 +45,12 @@ enum Command {
     Xdp(xdp::Args),
     /// The bare AF_XDP loop, until it is killed
     XdpLoop(xsk::Args),
+    /// Send packets to a back-end, as many as it takes or at a rate
+    Tx(load::SendArgs),
+    /// Receive what a back-end sends
+    Rx(load::ReceiveArgs),
+    /// Send and receive at once
+    Both(load::SendArgs),
     /// Play QEMU's part in a postcopy migration: how a back-end bears memory that has not arrived
     Postcopy(postcopy::Args),
 }
@@ -51,6 +62,9 @@ fn main() -> Result<()> {
         Command::Tap(args) => tap::run(&args),
         Command::Xdp(args) => xdp::run(&args),
         Command::XdpLoop(args) => xsk::run(&args),
+        Command::Tx(args) => load::run_sending(load::Way::Tx, &args),
+        Command::Rx(args) => load::run_receiving(&args),
+        Command::Both(args) => load::run_sending(load::Way::Both, &args),
         Command::Postcopy(args) => postcopy::run(&args),
     }
 }

@@ -279,7 +279,7 @@ impl GuestMemory {
 
     /// Calls `visit` for each piece of `len` bytes at `gpa`, in order; stops at the first error.
     #[inline(always)]
-    fn for_each_piece(
+    pub(super) fn for_each_piece(
         &self,
         gpa: u64,
         len: u64,

@@ -3,6 +3,7 @@
 //! Not here: how rings work (`virtq`), where frames go (`uplink`), what the front-end says (`session`).
 
 pub mod counters;
+pub mod deliver;
 pub mod features;
 pub mod header;
 mod held;

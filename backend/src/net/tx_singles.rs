@@ -21,7 +21,7 @@ const LINES: usize = 2;
 pub(super) struct Singles {
     chains: [Single; BATCH],
     headers: [[u8; HDR_LEN]; BATCH],
-    iovecs: IoVecStorage,
+    iovecs: IoVecStorage<{ 2 * BATCH }>,
     frames: Vec<Range<usize>>,
     outcomes: Vec<Result<(), SendError>>,
 }

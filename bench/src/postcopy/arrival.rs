@@ -10,15 +10,15 @@ use lab::rawfront::virtio;
 
 use super::PAGE;
 use super::deliver::{Client, Deliverer};
-use super::driver::Events;
 use super::findings::{Findings, Wrong};
 use super::guest::Guest;
 use super::layout::{RINGS, RX, TX};
-use super::packet::HEADER;
 use super::ring::Ring;
 use super::run::Case;
 use super::schedule::{Asker, Link, Schedule};
 use super::session::{Session, Wishes};
+use crate::packet::HEADER;
+use crate::session::Events;
 
 /// How long a back-end is watched for touching memory before it may.
 const BEFORE_ACK: Duration = Duration::from_millis(20);

@@ -11,15 +11,15 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::PAGE;
 use super::findings::{Findings, Wrong};
 use super::guest::Guest;
 use super::layout::{RINGS, RX, TX};
-use super::packet::{self, Content, FRAME_MAX, HEADER};
 use super::ring::{Ring, RingError};
 use super::sleeper;
+use crate::packet::{self, Content, FRAME_MAX, HEADER};
+use crate::session::Events;
 
 /// After so long without a packet the driver naps between two looks.
 const PATIENCE: Duration = Duration::from_micros(300);
@@ -57,25 +57,6 @@ impl Direction {
     /// The ring that is measured, and stopped.
     pub fn ring(self) -> usize {
         if self == Self::Tx { TX } else { RX }
-    }
-}
-
-/// One ring's eventfds.
-#[derive(Debug)]
-pub struct Events {
-    /// Driver to device.
-    pub kick: EventFd,
-    /// Device to driver; nobody listens.
-    pub call: EventFd,
-    /// Device to front-end: something is wrong.
-    pub err: EventFd,
-}
-
-impl Events {
-    /// New ones.
-    pub fn new() -> Result<Self> {
-        let event = || EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
-        Ok(Self { kick: event()?, call: event()?, err: event()? })
     }
 }
 

@@ -16,8 +16,8 @@ use lab::rawfront::{Reply, Wire, flag, msg, protocol, virtio};
 
 use super::PAGE;
 use super::layout::{RINGS, RX, TX};
-use super::mapping::Mapping;
 use super::uffd::Uffd;
+use crate::mapping::Mapping;
 
 /// What it does wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

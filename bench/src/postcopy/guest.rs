@@ -15,10 +15,10 @@ use serde::Serialize;
 use super::PAGE;
 use super::findings::{Findings, Wrong};
 use super::layout::{Layout, RINGS, RX, TX, fill};
-use super::mapping::{Mapping, pages_with_content};
-use super::packet::{self, HEADER};
 use super::ring::Ring;
 use super::uffd::Uffd;
+use crate::mapping::{Mapping, pages_with_content};
+use crate::packet::{self, HEADER};
 
 /// Both ring indices when the destination takes over: soon to wrap, and never what a page of zeros says.
 pub const BASE: u16 = 65_300;

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::PAGE;
-use super::ring::Place;
+use crate::session::Place;
 
 /// RX ring, TX ring.
 pub const RINGS: usize = 2;

@@ -32,9 +32,7 @@ mod findings;
 mod guest;
 mod histogram;
 mod layout;
-mod mapping;
 mod pace;
-mod packet;
 mod rates;
 mod ring;
 mod run;
@@ -57,6 +55,8 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
+use crate::mapping::PAGE;
+use crate::packet;
 use crate::testpmd::{self, HugePages, Memory};
 use crate::{interrupt, procstat};
 use driver::Direction;
@@ -67,8 +67,6 @@ use second::SecondPort;
 use sides::{BackEnd, OTHER_CPU, Side};
 use table::{Report, Row};
 
-/// Size of a page of guest memory, in bytes.
-const PAGE: u64 = 4096;
 /// For one testpmd of 192 MiB in pages of 2 MiB, and its own tables.
 const HUGEPAGES: u64 = 128;
 /// For the memory of machines in hugepages: two, with 1024 buffers each.

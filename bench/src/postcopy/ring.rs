@@ -5,24 +5,12 @@
 //! checked. The device's notifications are turned off; whether the device wants kicks is read from the used ring.
 #![forbid(unsafe_code)]
 
-use super::mapping::Mapping;
+use crate::mapping::Mapping;
+use crate::session::Place;
 
 const DESC_WRITE: u16 = 2;
 const AVAIL_NO_INTERRUPT: u16 = 1;
 const USED_NO_NOTIFY: u16 = 1;
-
-/// Offsets of a ring's parts in guest memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
-    /// Entries, a power of two.
-    pub size: u16,
-    /// Descriptor table.
-    pub desc: u64,
-    /// Available ring.
-    pub avail: u64,
-    /// Used ring.
-    pub used: u64,
-}
 
 /// A buffer that the device has used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,8 +158,8 @@ pub fn indices(memory: &Mapping, place: &Place) -> (u16, u16) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::PAGE;
     use super::*;
+    use crate::mapping::PAGE;
 
     const PLACE: Place = Place { size: 8, desc: 0, avail: PAGE, used: 2 * PAGE };
 

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::arrival::Arrival;
 use super::deliver::{Delivered, Deliverer};
-use super::driver::{Direction, Driven, Driver, Events, Job};
+use super::driver::{Direction, Driven, Driver, Job};
 use super::findings::{Findings, Summary, Wrong};
 use super::guest::{BASE, Backing, Guest};
 use super::layout::{RINGS, RX, TX};
@@ -22,6 +22,7 @@ use super::session::{Session, Wishes};
 use super::sleeper::Preferred;
 use super::steady::Steady;
 use crate::interrupt;
+use crate::session::Events;
 
 /// Distance of the questions during a stall.
 const PING_EVERY: Duration = Duration::from_millis(1);
@@ -343,7 +344,13 @@ impl Run<'_> {
             }
             let (took, base) = self.stop(ring)?;
             stops.push(took);
-            self.session.start_ring(ring, &place, base, self.guest.map.address(), &self.events[ring])?;
+            self.session.start_ring(
+                ring,
+                &place,
+                base.into(),
+                self.guest.map.address(),
+                &self.events[ring],
+            )?;
         }
         Ok(())
     }

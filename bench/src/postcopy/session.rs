@@ -2,24 +2,21 @@
 //! (vhost-user: Migrating backend state; POSTCOPY messages).
 #![forbid(unsafe_code)]
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::ops::{Deref, DerefMut};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use lab::rawfront::{Wire, mem_reg, mem_table, msg, protocol, state, virtio, vring_addr};
+use lab::rawfront::{mem_reg, mem_table, msg, protocol};
 
 use super::deliver::{Client, Slot};
-use super::driver::Events;
 use super::guest::{BASE, Guest};
 use super::layout::RINGS;
-use super::ring::Place;
 use super::uffd::Uffd;
+use crate::session::{self, Events, PATIENCE};
 
-/// How long a back-end may take for an answer that needs no page. A blocked one takes a burst of pages.
-const PATIENCE: Duration = Duration::from_secs(30);
-
-/// What a front-end wants of a back-end beyond what every one has.
+/// What this front-end wants of a back-end beyond what every one has.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Wishes {
     /// Virtio features.
@@ -28,12 +25,24 @@ pub struct Wishes {
     pub slots: bool,
 }
 
-/// A control connection with its negotiated state.
+/// A control connection that can do postcopy.
 #[derive(Debug)]
 pub struct Session {
-    wire: Wire,
-    features: u64,
-    protocol: u64,
+    base: session::Session,
+}
+
+impl Deref for Session {
+    type Target = session::Session;
+
+    fn deref(&self) -> &session::Session {
+        &self.base
+    }
+}
+
+impl DerefMut for Session {
+    fn deref_mut(&mut self) -> &mut session::Session {
+        &mut self.base
+    }
 }
 
 impl Session {
@@ -49,53 +58,15 @@ impl Session {
         events: &[Events; RINGS],
         patience: Duration,
     ) -> Result<Self> {
-        let mut wire =
-            Wire::connect(socket).with_context(|| format!("connecting to {}", socket.display()))?;
-        wire.patience = patience;
-        let offered = wire.ask(msg::GET_FEATURES, &[])?.u64()?;
-        ensure!(offered & virtio::PROTOCOL_FEATURES != 0, "the back-end has no protocol features");
-        ensure!(offered & virtio::VERSION_1 != 0, "the back-end does not offer VERSION_1");
-        let features = offered & (wishes.features | virtio::PROTOCOL_FEATURES | virtio::VERSION_1);
-        let offered = wire.ask(msg::GET_PROTOCOL_FEATURES, &[])?.u64()?;
-        ensure!(
-            offered & protocol::PAGEFAULT != 0,
-            "the back-end does not offer PAGEFAULT (offers {offered:#x}): no postcopy"
-        );
         let slots = if wishes.slots { protocol::CONFIGURE_MEM_SLOTS } else { 0 };
-        ensure!(offered & slots == slots, "the back-end does not offer CONFIGURE_MEM_SLOTS");
-        let wanted = protocol::MQ | protocol::REPLY_ACK | protocol::PAGEFAULT | protocol::STATUS | slots;
-        let protocol = offered & wanted;
-        wire.tell(msg::SET_PROTOCOL_FEATURES, &protocol.to_ne_bytes(), &[])?;
-        let it = Self { wire, features, protocol };
-        if it.has(protocol::MQ) {
-            it.wire.ask(msg::GET_QUEUE_NUM, &[])?.u64()?;
-        }
-        it.wire.tell(msg::SET_OWNER, &[], &[])?;
-        it.wire.ask(msg::GET_FEATURES, &[])?;
-        for (i, ring) in events.iter().enumerate() {
-            it.wire.tell(msg::SET_VRING_CALL, &(i as u64).to_ne_bytes(), &[ring.call.as_raw_fd()])?;
-            it.wire.tell(msg::SET_VRING_ERR, &(i as u64).to_ne_bytes(), &[ring.err.as_raw_fd()])?;
-        }
-        it.enable_rings()?;
-        Ok(it)
-    }
-
-    fn has(&self, feature: u64) -> bool {
-        self.protocol & feature != 0
-    }
-
-    fn order(&self, request: u32, payload: &[u8], fds: &[RawFd]) -> Result<()> {
-        if self.has(protocol::REPLY_ACK) {
-            let ack = self.wire.order(request, payload, fds).with_context(|| format!("message {request}"))?;
-            ensure!(ack == 0, "message {request} was refused ({ack})");
-        } else {
-            self.wire.tell(request, payload, fds)?;
-        }
-        Ok(())
-    }
-
-    fn enable_rings(&self) -> Result<()> {
-        (0..RINGS as u32).try_for_each(|i| self.order(msg::SET_VRING_ENABLE, &state(i, 1), &[]))
+        let wishes = session::Wishes {
+            features: wishes.features,
+            protocol_needed: protocol::PAGEFAULT | slots,
+            patience,
+            ..session::Wishes::default()
+        };
+        let base = session::Session::open(socket, wishes, events).context("postcopy needs PAGEFAULT")?;
+        Ok(Self { base })
     }
 
     /// POSTCOPY_ADVISE: the back-end's userfaultfd.
@@ -115,25 +86,10 @@ impl Session {
         self.begin()
     }
 
-    /// What QEMU sends before the memory table.
-    pub fn begin(&self) -> Result<()> {
-        self.enable_rings()?;
-        self.wire.tell(msg::SET_FEATURES, &self.features.to_ne_bytes(), &[])?;
-        self.set_status(0x8)
-    }
-
     /// A message that has no payload and is always answered with 0.
     fn answered(&self, request: u32) -> Result<()> {
         let answer = self.wire.order(request, &[], &[])?;
         ensure!(answer == 0, "answered with {answer}");
-        Ok(())
-    }
-
-    fn set_status(&self, status: u64) -> Result<()> {
-        if self.has(protocol::STATUS) {
-            self.wire.ask(msg::GET_STATUS, &[])?.u64()?;
-            self.wire.tell(msg::SET_STATUS, &status.to_ne_bytes(), &[])?;
-        }
         Ok(())
     }
 
@@ -185,78 +141,21 @@ impl Session {
     }
 
     /// The memory table of a machine that has all its memory.
-    pub fn set_table(&self, guest: &Guest) -> Result<()> {
-        let request = mem_table(&[[0, guest.map.len(), guest.map.address(), 0]]);
-        self.wire.tell(msg::SET_MEM_TABLE, &request, &[guest.file.as_raw_fd()])?;
-        self.ping().map(drop)
-    }
-
-    /// Configures and starts one ring.
-    pub fn start_ring(
-        &self,
-        ring: usize,
-        place: &Place,
-        base: u16,
-        user: u64,
-        events: &Events,
-    ) -> Result<()> {
-        let i = ring as u32;
-        let addresses = [user + place.desc, user + place.used, user + place.avail, 0];
-        self.wire.tell(msg::SET_VRING_NUM, &state(i, place.size.into()), &[])?;
-        self.wire.tell(msg::SET_VRING_BASE, &state(i, base.into()), &[])?;
-        self.wire.tell(msg::SET_VRING_ADDR, &vring_addr(i, 0, addresses), &[])?;
-        self.wire.tell(msg::SET_VRING_KICK, &u64::from(i).to_ne_bytes(), &[events.kick.as_raw_fd()])?;
-        self.wire.tell(msg::SET_VRING_CALL, &u64::from(i).to_ne_bytes(), &[events.call.as_raw_fd()])?;
-        Ok(())
+    pub fn set_whole_table(&self, guest: &Guest) -> Result<()> {
+        self.set_table(&guest.file, guest.map.len(), guest.map.address())
     }
 
     /// All rings, where the source left them.
     pub fn start_rings(&self, guest: &Guest, events: &[Events; RINGS]) -> Result<()> {
         for (ring, events) in events.iter().enumerate() {
-            self.start_ring(ring, &guest.layout.ring(ring), BASE, guest.map.address(), events)?;
+            self.start_ring(ring, &guest.layout.ring(ring), BASE.into(), guest.map.address(), events)?;
         }
         Ok(())
-    }
-
-    /// DRIVER_OK. It waits for an answer, which a back-end may give only when its rings run.
-    pub fn driver_ok(&self) -> Result<()> {
-        self.set_status(0xf)
-    }
-
-    /// A message that only asks: how long until its answer.
-    pub fn ping(&self) -> Result<Duration> {
-        let start = std::time::Instant::now();
-        self.wire.ask(msg::GET_FEATURES, &[]).context("GET_FEATURES")?.u64()?;
-        Ok(start.elapsed())
-    }
-
-    /// GET_VRING_BASE: stops a ring; how long that took, and where it stopped.
-    pub fn stop_ring(&self, ring: usize) -> Result<(Duration, u16)> {
-        let start = std::time::Instant::now();
-        let reply = self.wire.ask(msg::GET_VRING_BASE, &state(ring as u32, 0)).context("GET_VRING_BASE")?;
-        let took = start.elapsed();
-        let payload = reply.payload.as_slice();
-        ensure!(payload.len() == 8, "GET_VRING_BASE was answered with {payload:?}");
-        ensure!(payload[..4] == (ring as u32).to_ne_bytes(), "the answer is for another ring: {payload:?}");
-        Ok((took, u16::from_ne_bytes([payload[4], payload[5]])))
-    }
-
-    /// From now on, no answer within this time is an error.
-    pub fn set_patience(&mut self, patience: Duration) {
-        self.wire.patience = patience;
     }
 
     /// POSTCOPY_END: all pages are here.
     pub fn end(&self) -> Result<()> {
         self.answered(msg::POSTCOPY_END).context("POSTCOPY_END")
-    }
-
-    /// The guest resets the device.
-    pub fn reset_status(&self) -> Result<()> {
-        if self.has(protocol::STATUS) {
-            self.wire.tell(msg::SET_STATUS, &0u64.to_ne_bytes(), &[])?;
-        }
-        Ok(())
     }
 }
 

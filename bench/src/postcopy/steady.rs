@@ -17,16 +17,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use serde::Serialize;
 
-use super::driver::Events;
 use super::findings::{Findings, Wrong};
 use super::guest::{Backing, Guest};
 use super::histogram::{Histogram, Latency};
 use super::layout::{Layout, RINGS, RX, TX};
 use super::pace::{Pace, TICK_NS};
-use super::packet::HEADER;
 use super::ring::{Ring, RingError};
 use super::session::{Session, Wishes};
 use super::sleeper;
+use crate::packet::HEADER;
+use crate::session::Events;
 
 const RING: u16 = 256;
 /// How long the used ring is looked at without a break.
@@ -107,7 +107,7 @@ impl Neighbour {
         let events = Arc::new([Events::new()?, Events::new()?]);
         let session = Session::open(socket, Wishes::default(), &events)?;
         session.begin()?;
-        session.set_table(&guest)?;
+        session.set_whole_table(&guest)?;
         session.start_rings(&guest, &events)?;
         session.driver_ok()?;
         let shared = Arc::new(Shared::default());

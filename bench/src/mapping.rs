@@ -1,7 +1,7 @@
 //! Memory that somebody else may change at any time: guest memory, and the source's copy of it.
 //!
 //! Loads and stores are checked against the length and done through raw pointers; no reference into it exists.
-//! Also here: which pages of a file have content. Not here: where things lie (`layout`).
+//! Also here: which pages of a file have content. Not here: where things lie in it.
 
 use std::fs::File;
 use std::io;
@@ -14,7 +14,8 @@ use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use nix::unistd::{Whence, lseek};
 
-use super::PAGE;
+/// Size of a small page, in bytes.
+pub const PAGE: u64 = 4096;
 
 /// A mapping of this process, page aligned.
 #[derive(Debug)]

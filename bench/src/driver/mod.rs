@@ -1,0 +1,82 @@
+//! A driver of virtqueues that is made to be fast: it polls, works in bursts, and keeps out of the device's way.
+//!
+//! | file | what |
+//! |---|---|
+//! | `shared` | words and buffers in memory that the device shares; the only unsafe code |
+//! | `split`, `packed` | the two forms of a ring (VIRTIO 1.3 §2.7, §2.8) |
+//! | `layout` | where rings and buffers lie in guest memory |
+//!
+//! One descriptor per buffer, buffers named by a number below the ring's size. Descriptors are written anew for every
+//! packet, as every driver does it. Pure but for the memory: no thread, no fd, no clock. Not here: packets and what is
+//! measured (`load`).
+#![deny(clippy::undocumented_unsafe_blocks)]
+
+mod layout;
+mod shared;
+mod split;
+
+pub use layout::{Layout, LayoutOptions, RINGS, RX, TX};
+pub use shared::{Buffers, LINE, ticks, ticks_per_second};
+pub use split::Split;
+
+/// Buffers that are taken back at once, at most.
+pub const BURST_MAX: usize = 64;
+
+/// A buffer that the device has used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Used {
+    /// Which one.
+    pub id: u16,
+    /// Bytes that the device says to have written.
+    pub len: u32,
+}
+
+/// A buffer for the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Buffer {
+    /// Its number, below the ring's size; it must not be with the device.
+    pub id: u16,
+    /// Guest address.
+    pub address: u64,
+    /// Length, bytes.
+    pub len: u32,
+    /// The device writes it.
+    pub write: bool,
+}
+
+/// What the device did wrong. The ring cannot be used any further.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RingError {
+    /// More was used than was available.
+    #[error("the device has used {used} buffers, and had {in_flight}")]
+    TooMany {
+        /// Buffers used since the last look.
+        used: u16,
+        /// Buffers that the device had.
+        in_flight: u16,
+    },
+    /// A buffer was used that the device does not have.
+    #[error("the device has used buffer {0}, which it did not have")]
+    NotHeld(u32),
+}
+
+/// The driver's side of one virtqueue.
+pub trait Ring {
+    /// Whether the next `n` buffers have been used. Reads one word that the device writes.
+    fn ready(&self, n: u16) -> bool;
+
+    /// Takes used buffers back, as many as there are and `into` has room for; returns how many.
+    fn take(&mut self, into: &mut [Used]) -> Result<usize, RingError>;
+
+    /// Asks for the memory that the next `n` [`Self::post`] will write.
+    fn prepare(&self, n: u16);
+
+    /// Puts a buffer into the ring; [`Self::expose`] shows it to the device, if the ring's form needs that.
+    fn post(&mut self, buffer: Buffer);
+
+    /// Shows the device what was posted; whether it wants to be notified.
+    fn expose(&mut self) -> bool;
+
+    /// Buffers that the device has.
+    fn in_flight(&self) -> u16;
+}

@@ -1,0 +1,122 @@
+//! A port of a back-end with a queue pair of ours on it: memory, session, rings that run.
+#![forbid(unsafe_code)]
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use lab::rawfront::{protocol, virtio};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use super::lane::{Receiver, Sender};
+use crate::driver::{Buffers, Layout, LayoutOptions, RINGS, RX, Split, TX};
+use crate::mapping::{Mapping, PAGE};
+use crate::packet::{self, HEADER};
+use crate::session::{Events, Session, Wishes};
+
+/// A hugepage, bytes.
+const HUGEPAGE: u64 = 2 << 20;
+/// Feature bits (VIRTIO 1.3 §6).
+const EVENT_IDX: u64 = 1 << 29;
+const RING_PACKED: u64 = 1 << 34;
+
+/// What the driver is to be like.
+#[derive(Clone, Debug)]
+pub struct PortOptions {
+    /// Entries of each ring.
+    pub ring_size: u16,
+    /// Packed rings.
+    pub packed: bool,
+    /// Notifications by index.
+    pub event_idx: bool,
+    /// Guest memory in hugepages.
+    pub hugepages: bool,
+    /// Mergeable receive buffers.
+    pub mergeable: bool,
+    /// More virtio features, taken where they are offered.
+    pub features: u64,
+    /// Length of frames that are sent, bytes.
+    pub frame: usize,
+    /// Length of receive buffers, bytes, header included.
+    pub receive_len: u32,
+}
+
+/// A running queue pair.
+pub struct Port {
+    /// To the device.
+    pub sender: Sender<Split>,
+    /// From the device.
+    pub receiver: Receiver<Split>,
+    /// Its control connection.
+    pub session: Session,
+    /// Virtio features in use.
+    pub features: u64,
+}
+
+impl Port {
+    /// Connects to the back-end at `socket` and starts both rings. All receive buffers are with the device.
+    pub fn open(socket: &Path, options: &PortOptions) -> Result<Self> {
+        ensure!(!options.packed, "packed rings: not yet");
+        let layout = Layout::new(LayoutOptions {
+            ring_size: options.ring_size,
+            packed: options.packed,
+            buffer_len: [options.receive_len, (HEADER + options.frame) as u32],
+        });
+        let (file, len) = memory_file(&layout, options.hugepages)?;
+        let memory = Arc::new(Mapping::of_file(&file, len)?);
+        let places = [layout.ring(RX), layout.ring(TX)];
+        let buffers =
+            [RX, TX].map(|r| Buffers::new(&memory, layout.buffers(r), layout.stride(r), options.ring_size));
+
+        let events: [Events; RINGS] = [Events::new()?, Events::new()?];
+        let mut wishes = Wishes { features: options.features, ..Wishes::default() };
+        wishes.protocol |= protocol::MTU;
+        wishes.features |= if options.mergeable { virtio::MRG_RXBUF } else { 0 };
+        wishes.features_needed |= if options.event_idx { EVENT_IDX } else { 0 };
+        wishes.features_needed |= if options.packed { RING_PACKED } else { 0 };
+        let session = Session::open(socket, wishes, &events)?;
+        let features = session.features();
+        session.begin()?;
+        session.set_table(&file, len, memory.address()).context("the memory table")?;
+        let rings = places.map(|p| Split::new(&memory, &p, options.event_idx));
+
+        let [rx_buffers, tx_buffers] = buffers;
+        let [rx_ring, tx_ring] = rings;
+        let mut bytes = vec![0; HEADER + options.frame];
+        for id in 0..options.ring_size {
+            packet::build(id.into(), &mut bytes);
+            tx_buffers.write(id, &bytes);
+            // Touched once, so that no page is missing later.
+            rx_buffers.write(id, &vec![0; rx_buffers.len() as usize]);
+        }
+        for (i, (place, events)) in places.iter().zip(&events).enumerate() {
+            session.start_ring(i, place, 0, memory.address(), events)?;
+        }
+        session.driver_ok()?;
+        let [rx_events, tx_events] = events;
+        let sender = Sender::new(tx_ring, tx_buffers, tx_events, options.ring_size, bytes.len() as u32);
+        let mergeable = features & virtio::MRG_RXBUF != 0;
+        let receiver = Receiver::new(rx_ring, rx_buffers, rx_events, options.ring_size, mergeable)?;
+        Ok(Self { sender, receiver, session, features })
+    }
+
+    /// Fails if the device has signalled an error, or does not answer any more.
+    pub fn check(&self) -> Result<()> {
+        let broken = self.sender.errors() + self.receiver.errors();
+        ensure!(broken == 0, "the back-end has signalled that a ring is broken");
+        self.session.ping().context("the back-end does not answer any more").map(drop)
+    }
+}
+
+fn memory_file(layout: &Layout, huge: bool) -> Result<(File, u64)> {
+    let (flags, page) = if huge {
+        (MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB, HUGEPAGE)
+    } else {
+        (MFdFlags::empty(), PAGE)
+    };
+    let file: File = memfd_create("guest", flags | MFdFlags::MFD_CLOEXEC).context("guest memory")?.into();
+    let len = layout.bytes(page);
+    file.set_len(len)?;
+    Ok((file, len))
+}
