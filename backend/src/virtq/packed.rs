@@ -212,6 +212,13 @@ impl PackedQueue {
         Ok(ring.word(self.avail.slot).matches(AVAIL | USED, self.avail.available()).into())
     }
 
+    /// Whether a look at the ring would find a chain, or that the ring is missing. One load; cheap enough to be asked again
+    /// and again.
+    #[inline]
+    pub fn may_have_more(&mut self) -> bool {
+        self.available().map_or(true, |count| count > 0)
+    }
+
     /// Takes the next chain. False: there is none.
     #[inline]
     pub fn pop(&mut self, mem: &GuestMemory, chain: &mut Chain) -> Result<bool, PopError> {
