@@ -134,7 +134,9 @@ fn main() {
         #[cfg(not(before_queue))]
         packed: false,
         #[cfg(not(before_queue))]
-        batch_used: false,
+        in_order: false,
+        #[cfg(not(before_queue))]
+        transmit: !receives,
         size: SIZE,
         base: 0,
         desc_user: USER + DESC,

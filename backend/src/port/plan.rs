@@ -455,7 +455,8 @@ fn queue_config(index: u16, config: &RingConfig) -> QueueConfig {
         log_used: config.log_used,
         event_idx: features::has(config.features, vr::VIRTIO_RING_F_EVENT_IDX),
         indirect: features::has(config.features, vr::VIRTIO_RING_F_INDIRECT_DESC),
-        batch_used: transmit && features::has(config.features, vc::VIRTIO_F_IN_ORDER),
+        in_order: features::has(config.features, vc::VIRTIO_F_IN_ORDER),
+        transmit,
     }
 }
 

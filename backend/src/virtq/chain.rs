@@ -7,7 +7,8 @@
 
 use virtio_queue::desc::split::Descriptor;
 
-use crate::memory::packed_ring::{self, PackedAccess, Word};
+use super::queue::QueueConfig;
+use crate::memory::packed_ring::{self, Entry, PackedAccess, Word};
 use crate::memory::ring::{DESC_SIZE, RingAccess};
 use crate::memory::{AccessError, GuestMemory, MissingRange};
 
@@ -253,7 +254,7 @@ impl Chain {
         &mut self,
         ring: PackedAccess<'_>,
         mem: &GuestMemory,
-        indirect: bool,
+        config: &QueueConfig,
         mut slot: u32,
         first: Word,
         room: u32,
@@ -263,12 +264,9 @@ impl Chain {
         let mut count = 1;
         let result = loop {
             if word.has(packed_ring::INDIRECT) {
-                let negotiated = indirect && count == 1;
-                match self.walk_packed_table(tally, mem, negotiated, ring.addr(slot), word) {
+                let alone = count == 1;
+                match self.walk_packed_table(tally, mem, config, alone, (ring.addr(slot), word)) {
                     (_, Err(WalkError::Missing(missing))) => return Err(PackedWalkError::Missing(missing)),
-                    (_, Err(WalkError::Bad(_))) if indirect && count > 1 => {
-                        break Err(ChainError::IndirectWithNext);
-                    }
                     (_, Err(WalkError::Bad(why))) => break Err(why),
                     (all, Ok(())) => tally = all,
                 }
@@ -302,34 +300,38 @@ impl Chain {
         }
     }
 
-    /// The chain is in the table that `word` and `gpa` name. By value, as in [`Self::walk_indirect`].
+    /// The chain is in the table that is named, and `alone` if no descriptor came before. By value, as in [`Self::walk_indirect`].
     #[inline]
     fn walk_packed_table(
         &mut self,
         mut tally: Tally,
         mem: &GuestMemory,
-        negotiated: bool,
-        gpa: u64,
-        word: Word,
+        config: &QueueConfig,
+        alone: bool,
+        named: Entry,
     ) -> (Tally, Result<(), WalkError>) {
-        let result = self.add_packed_table(&mut tally, mem, negotiated, gpa, word);
+        let result = self.add_packed_table(&mut tally, mem, config, alone, named);
         (tally, result)
     }
 
     /// All entries, one after the other; of their flags only WRITE means something (§2.8.7).
+    /// In a transmit ring not even that: DPDK's driver (up to 26.11 at least) sets it for the header that it sends, and sometimes for
+    /// a piece of the frame.
     #[inline(always)]
     fn add_packed_table(
         &mut self,
         tally: &mut Tally,
         mem: &GuestMemory,
-        negotiated: bool,
-        gpa: u64,
-        word: Word,
+        config: &QueueConfig,
+        alone: bool,
+        named: Entry,
     ) -> Result<(), WalkError> {
-        if !negotiated {
+        let (gpa, word) = named;
+        if !config.indirect {
             return Err(ChainError::IndirectNotNegotiated.into());
         }
-        if word.has(packed_ring::NEXT) {
+        // A list has descriptors of one kind only (§2.8.5).
+        if word.has(packed_ring::NEXT) || !alone {
             return Err(ChainError::IndirectWithNext.into());
         }
         let len = word.bytes();
@@ -341,7 +343,8 @@ impl Chain {
         while let Some(entry) = table.entry(index) {
             match entry {
                 Ok((gpa, word)) => {
-                    self.add(tally, Segment { gpa, len: word.bytes() }, word.has(packed_ring::WRITE))?;
+                    let writable = word.has(packed_ring::WRITE) && !config.transmit;
+                    self.add(tally, Segment { gpa, len: word.bytes() }, writable)?;
                 }
                 Err(AccessError::Missing(missing)) => return Err(WalkError::Missing(missing)),
                 Err(_) => return Err(ChainError::IndirectOutOfRange.into()),

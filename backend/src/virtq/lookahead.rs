@@ -114,7 +114,7 @@ impl PackedQueue {
             let count = if ahead < skip {
                 packed_len(ring, at.slot, word, room)
             } else {
-                match chain.walk_packed(ring, mem, self.config.indirect, at.slot, word, room) {
+                match chain.walk_packed(ring, mem, &self.config, at.slot, word, room) {
                     Ok(count) => {
                         segments += buffers(mem, chain, &mut visit);
                         count

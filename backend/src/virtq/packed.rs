@@ -122,6 +122,8 @@ pub struct PackedQueue {
     /// What the device event structure says about kicks, once we wrote it.
     kicks_enabled: Option<bool>,
     pub(super) config: QueueConfig,
+    /// One used descriptor stands for a batch.
+    pub(super) batch: bool,
     #[cfg(debug_assertions)]
     pub(super) ids: VecDeque<u16>,
 }
@@ -151,6 +153,8 @@ impl PackedQueue {
             undecided: 0,
             kicks_enabled: None,
             config: *config,
+            // Chains that are passed over count as written completely.
+            batch: config.in_order && config.transmit,
             #[cfg(debug_assertions)]
             ids: VecDeque::new(),
         })
@@ -231,7 +235,7 @@ impl PackedQueue {
         if room == 0 {
             return Err(self.overrun());
         }
-        let walk = chain.walk_packed(ring, mem, self.config.indirect, self.avail.slot, first, room);
+        let walk = chain.walk_packed(ring, mem, &self.config, self.avail.slot, first, room);
         let (count, result) = match walk {
             Ok(count) => (count, Ok(true)),
             Err(PackedWalkError::Bad(count, why)) => (count, Err(PopError::Bad { head: chain.head(), why })),
@@ -288,7 +292,7 @@ impl PackedQueue {
         let word = Word::new(len, head, self.used.used() | write | next);
         match &mut self.kept {
             None => self.kept = Some(Kept { slot: self.used.slot, word }),
-            Some(kept) if self.config.batch_used => kept.word = kept.word.with_id(head),
+            Some(kept) if self.batch => kept.word = kept.word.with_id(head),
             // A chain was taken, so the ring is present; `remap` sees to it that it stays so.
             Some(_) => self.ring.access_known().store(self.used.slot, word),
         }

@@ -60,7 +60,7 @@ impl PackedQueue {
             let word = Word::new(len, head, at.used() | if len == 0 { 0 } else { WRITE });
             match &mut kept {
                 None => kept = Some(Kept { slot: at.slot, word }),
-                Some(kept) if self.config.batch_used => kept.word = kept.word.with_id(head),
+                Some(kept) if self.batch => kept.word = kept.word.with_id(head),
                 Some(_) => ring.store(at.slot, word),
             }
             at = at.forth(1, size);

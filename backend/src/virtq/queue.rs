@@ -31,9 +31,10 @@ pub struct QueueConfig {
     pub event_idx: bool,
     /// VIRTIO_F_INDIRECT_DESC was negotiated.
     pub indirect: bool,
-    /// One used element may stand for a batch of chains: VIRTIO_F_IN_ORDER was negotiated, and buffers are only read, as in
-    /// transmit rings. (Those that are passed over count as written completely, §2.8.8.)
-    pub batch_used: bool,
+    /// VIRTIO_F_IN_ORDER was negotiated.
+    pub in_order: bool,
+    /// It is a transmit ring: its buffers are only read.
+    pub transmit: bool,
 }
 
 impl QueueConfig {

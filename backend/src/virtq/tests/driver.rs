@@ -38,7 +38,8 @@ impl Driver {
     pub fn sharing(mem: GuestMemory, file: File, origin: u64, size: u16) -> Self {
         let config = QueueConfig {
             packed: false,
-            batch_used: false,
+            in_order: false,
+            transmit: false,
             size,
             base: 0,
             desc_user: USER_BASE + origin + DESC,

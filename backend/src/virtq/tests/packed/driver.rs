@@ -89,7 +89,7 @@ impl PackedDriver {
     /// VIRTIO_F_IN_ORDER: ids are slots, and a used descriptor may stand for several chains.
     pub fn in_order(mut self) -> Self {
         self.in_order = true;
-        self.base.config.batch_used = true;
+        (self.base.config.in_order, self.base.config.transmit) = (true, true);
         self
     }
 

@@ -100,8 +100,8 @@ impl Bench {
 
     fn run(&mut self, op: &Op) {
         match op {
-            // What a transmit ring never has (`QueueConfig::batch_used`).
-            Op::Offer(readable, writable, table) if self.driver.base.config.batch_used => {
+            // What a transmit ring never has (`QueueConfig::transmit`).
+            Op::Offer(readable, writable, table) if self.driver.base.config.transmit => {
                 let all = readable.iter().chain(writable).copied().collect::<Vec<_>>();
                 self.offer(&all, &[], *table);
             }
@@ -225,7 +225,7 @@ impl Bench {
 
     fn complete(&mut self, n: u8) -> Vec<(u16, u32)> {
         let count = usize::from(n).min(self.in_work.len());
-        let batch = self.driver.base.config.batch_used;
+        let batch = self.driver.base.config.transmit;
         self.in_work
             .drain(..count)
             .map(|chain| {
@@ -241,7 +241,7 @@ impl Bench {
         self.queue.publish();
         let expected: Vec<_> = self.pushed.iter().map(|(_, id, len)| (*id, Some(*len))).collect();
         let mut seen = self.driver.take_used();
-        if self.driver.base.config.batch_used {
+        if self.driver.base.config.transmit {
             seen.iter_mut().for_each(|(_, len)| *len = Some(0));
         }
         assert_eq!(seen, expected);
