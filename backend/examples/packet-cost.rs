@@ -7,7 +7,7 @@
 //! Only `device` is the program's own; the driver beside it makes system calls. With `all-arrived` the memory is as in
 //! postcopy when everything has come. The difference between N and 2 N packets, divided by N, is what one costs
 //! (`cargo xtask bench packet-cost` does that, for two commits). Only the library's public interface as it was before
-//! postcopy is used, so that this file can be built with that, too (`--cfg before_postcopy`).
+//! postcopy is used, so that this file can be built with that, too (`--cfg before_postcopy`, `--cfg before_queue`).
 #![forbid(unsafe_code)]
 #![allow(unexpected_cfgs)]
 
@@ -21,8 +21,14 @@ use vhost_user_net::memory::{GuestMemory, IoVec, Mapping, RegionSpec, ResidencyM
 use vhost_user_net::net::counters::PairCounters;
 use vhost_user_net::net::rx::{self, Receiver, RxSettings};
 use vhost_user_net::net::tx::{self, TxSettings};
+#[cfg(not(before_postcopy))]
+use vhost_user_net::uplink::Burst;
 use vhost_user_net::uplink::{ReceiveError, SendError, UplinkQueue};
-use vhost_user_net::virtq::{QueueConfig, SplitQueue};
+#[cfg(not(before_queue))]
+use vhost_user_net::virtq::Queue;
+use vhost_user_net::virtq::QueueConfig;
+#[cfg(before_queue)]
+use vhost_user_net::virtq::SplitQueue as Queue;
 
 const SIZE: u16 = 256;
 const BURST: u16 = 64;
@@ -52,13 +58,17 @@ impl UplinkQueue for Nothing {
     fn send(&mut self, _frame: &[IoVec<'_>]) -> Result<(), SendError> {
         Ok(())
     }
+    #[cfg(not(before_postcopy))]
+    fn send_burst(&mut self, burst: &Burst<'_>, outcomes: &mut Vec<Result<(), SendError>>) {
+        outcomes.resize_with(burst.frames.len(), || Ok(()));
+    }
     fn receive(&mut self, _buffers: &[IoVec<'_>]) -> Result<usize, ReceiveError> {
         Ok(HEADER + FRAME)
     }
 }
 
 struct Device {
-    queue: SplitQueue,
+    queue: Queue,
     memory: GuestMemory,
     uplink: Nothing,
     receiver: Receiver,
@@ -130,7 +140,7 @@ fn main() {
         event_idx: false,
         indirect: false,
     };
-    let mut queue = SplitQueue::new(&memory, &config).expect("ring");
+    let mut queue = Queue::new(&memory, &config).expect("ring");
     queue.disable_kicks();
     let mut it = Device {
         queue,

@@ -86,8 +86,15 @@ pub fn run(options: &Options) -> Result<bool> {
 fn build(folder: &Path, target: &Path, old_trait: bool) -> Result<PathBuf> {
     let mut build = cargo();
     build.current_dir(folder).env("CARGO_TARGET_DIR", target);
+    let mut flags = Vec::new();
     if old_trait {
-        build.env("RUSTFLAGS", "--cfg before_postcopy");
+        flags.push("--cfg before_postcopy");
+    }
+    if !folder.join("backend/src/virtq/queue.rs").exists() {
+        flags.push("--cfg before_queue");
+    }
+    if !flags.is_empty() {
+        build.env("RUSTFLAGS", flags.join(" "));
     }
     build.args(["build", "--release", "--quiet", "-p", "vhost-user-net", "--example", "packet-cost"]);
     ensure!(build.status().context("running cargo")?.success(), "the build in {} failed", folder.display());

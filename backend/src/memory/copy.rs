@@ -69,7 +69,7 @@ pub(super) unsafe fn to_guest(dst: *mut u8, src: &[u8]) {
 #[inline]
 pub(super) unsafe fn bulk_from_guest(src: *const u8, dst: *mut u8, len: usize) {
     // SAFETY: the caller's promise.
-    unsafe { bulk::<true>(src, dst, len) }
+    unsafe { bulk::<true, false>(src, dst, len) }
 }
 
 /// Copies `len` bytes into guest memory, many at a time, each stored once.
@@ -79,7 +79,18 @@ pub(super) unsafe fn bulk_from_guest(src: *const u8, dst: *mut u8, len: usize) {
 #[inline]
 pub(super) unsafe fn bulk_to_guest(src: *const u8, dst: *mut u8, len: usize) {
     // SAFETY: the caller's promise.
-    unsafe { bulk::<false>(src, dst, len) }
+    unsafe { bulk::<false, true>(src, dst, len) }
+}
+
+/// Copies `len` bytes from one guest's memory (or ours) to another's, many at a time, each loaded once and stored once.
+/// Where both overlap, what the destination holds afterwards is a mixture.
+///
+/// # Safety
+/// `src` must be valid for reads of `len` bytes, `dst` for writes, each inside a live mapping or memory of ours.
+#[inline]
+pub(super) unsafe fn bulk_between_guests(src: *const u8, dst: *mut u8, len: usize) {
+    // SAFETY: the caller's promise.
+    unsafe { bulk::<true, true>(src, dst, len) }
 }
 
 /// The widest thing that one plain move carries on every machine of the kind.
@@ -93,9 +104,9 @@ struct Wide(std::arch::x86_64::__m128i);
 struct Wide(u64);
 
 /// # Safety
-/// As for [`bulk_from_guest`]; `FROM`: the source is the guest's.
+/// As for [`bulk_from_guest`]; `FROM`: the source is a guest's, `TO`: the destination is.
 #[inline(always)]
-unsafe fn bulk<const FROM: bool>(src: *const u8, dst: *mut u8, len: usize) {
+unsafe fn bulk<const FROM: bool, const TO: bool>(src: *const u8, dst: *mut u8, len: usize) {
     const WIDE: usize = size_of::<Wide>();
     let mut done = 0;
     while len - done >= 4 * WIDE {
@@ -107,19 +118,19 @@ unsafe fn bulk<const FROM: bool>(src: *const u8, dst: *mut u8, len: usize) {
             let b = load::<Wide, FROM>(src.add(done + WIDE));
             let c = load::<Wide, FROM>(src.add(done + 2 * WIDE));
             let d = load::<Wide, FROM>(src.add(done + 3 * WIDE));
-            store::<Wide, FROM>(dst.add(done), a);
-            store::<Wide, FROM>(dst.add(done + WIDE), b);
-            store::<Wide, FROM>(dst.add(done + 2 * WIDE), c);
-            store::<Wide, FROM>(dst.add(done + 3 * WIDE), d);
+            store::<Wide, TO>(dst.add(done), a);
+            store::<Wide, TO>(dst.add(done + WIDE), b);
+            store::<Wide, TO>(dst.add(done + 2 * WIDE), c);
+            store::<Wide, TO>(dst.add(done + 3 * WIDE), d);
         }
         done += 4 * WIDE;
     }
     // SAFETY: each call goes on where the last one ended, within `len`.
     unsafe {
-        let done = pieces::<Wide, FROM>(src, dst, done, len);
-        let done = pieces::<Word, FROM>(src, dst, done, len);
-        let done = pieces::<Half, FROM>(src, dst, done, len);
-        pieces::<u8, FROM>(src, dst, done, len);
+        let done = pieces::<Wide, FROM, TO>(src, dst, done, len);
+        let done = pieces::<Word, FROM, TO>(src, dst, done, len);
+        let done = pieces::<Half, FROM, TO>(src, dst, done, len);
+        pieces::<u8, FROM, TO>(src, dst, done, len);
     }
 }
 
@@ -128,7 +139,7 @@ unsafe fn bulk<const FROM: bool>(src: *const u8, dst: *mut u8, len: usize) {
 /// # Safety
 /// As for [`bulk_from_guest`]; `T` must have alignment 1.
 #[inline(always)]
-unsafe fn pieces<T: Copy, const FROM: bool>(
+unsafe fn pieces<T: Copy, const FROM: bool, const TO: bool>(
     src: *const u8,
     dst: *mut u8,
     mut done: usize,
@@ -136,7 +147,7 @@ unsafe fn pieces<T: Copy, const FROM: bool>(
 ) -> usize {
     while len - done >= size_of::<T>() {
         // SAFETY: the piece lies within `len`.
-        unsafe { store::<T, FROM>(dst.add(done), load::<T, FROM>(src.add(done))) };
+        unsafe { store::<T, TO>(dst.add(done), load::<T, FROM>(src.add(done))) };
         done += size_of::<T>();
     }
     done
@@ -157,9 +168,9 @@ unsafe fn load<T: Copy, const FROM: bool>(from: *const u8) -> T {
 /// # Safety
 /// `to` must be valid for a write of a `T`, which must have alignment 1.
 #[inline(always)]
-unsafe fn store<T: Copy, const FROM: bool>(to: *mut u8, value: T) {
+unsafe fn store<T: Copy, const TO: bool>(to: *mut u8, value: T) {
     // SAFETY: the caller's promise.
-    unsafe { if FROM { to.cast::<T>().write(value) } else { write_volatile(to.cast::<T>(), value) } }
+    unsafe { if TO { write_volatile(to.cast::<T>(), value) } else { to.cast::<T>().write(value) } }
 }
 
 /// One 16-byte descriptor as two little-endian words, each loaded once.

@@ -279,7 +279,7 @@ impl GuestMemory {
 
     /// Calls `visit` for each piece of `len` bytes at `gpa`, in order; stops at the first error.
     #[inline(always)]
-    fn for_each_piece(
+    pub(super) fn for_each_piece(
         &self,
         gpa: u64,
         len: u64,
@@ -328,6 +328,12 @@ impl GuestMemory {
     pub(super) fn plain(&self, gpa: u64, len: u64) -> Option<NonNull<u8>> {
         let piece = self.table.find(gpa, |region| region.whole)?.piece(gpa, len);
         (piece.len == len).then_some(piece.host)
+    }
+
+    /// The region of `gpa`, if everything in it is present: its start, size, and first byte.
+    #[inline]
+    pub(super) fn whole_region(&self, gpa: u64) -> Option<(u64, u64, NonNull<u8>)> {
+        self.table.find(gpa, |region| region.whole).map(|region| (region.start, region.size, region.host))
     }
 
     /// The region that holds front-end user addresses `user .. user + len` whole.

@@ -31,6 +31,12 @@ impl IoVec<'_> {
         Self { raw: libc::iovec { iov_base: base.cast(), iov_len: len }, memory: PhantomData }
     }
 
+    /// Its first byte.
+    #[inline]
+    pub(super) fn base(&self) -> *mut u8 {
+        self.raw.iov_base.cast()
+    }
+
     /// Bytes.
     #[inline]
     pub fn len(&self) -> usize {
@@ -86,29 +92,31 @@ pub unsafe fn scatter(list: &[IoVec<'_>], from: &[u8]) -> usize {
     done
 }
 
-/// Copies two things to the buffers, one behind the other, as [`scatter`] does with one.
+/// Copies what the buffers of `from` hold to those of `list`, as far as there is room. Returns how many bytes.
 ///
 /// # Safety
-/// As for [`scatter`].
+/// As for [`scatter`], and no byte may be in both.
 #[inline]
-pub unsafe fn scatter_two(list: &[IoVec<'_>], first: &[u8], second: &[u8]) -> usize {
+pub unsafe fn scatter_each(list: &[IoVec<'_>], from: &[IoVec<'_>]) -> usize {
     let mut done = 0;
+    let mut sources = from.iter().map(|entry| (entry.base(), entry.len()));
+    let mut source = sources.next();
     for entry in list {
-        let mut room = entry.len();
-        let mut to: *mut u8 = entry.raw.iov_base.cast();
-        let (head, tail) = (first.get(done..).unwrap_or_default(), done.saturating_sub(first.len()));
-        for from in [head, &second[tail..]] {
-            let len = from.len().min(room);
-            // SAFETY: as in `scatter`; `to` and `room` are what is left of the entry.
+        let (mut to, mut room) = (entry.base(), entry.len());
+        while let Some((at, left)) = source {
+            let len = left.min(room);
+            // SAFETY: both are memory that stays mapped while the entries live, `len` is within both, and `to` may be written
+            // (the caller's promise).
             unsafe {
-                copy::bulk_to_guest(from.as_ptr(), to, len);
+                copy::bulk_to_guest(at, to, len);
                 to = to.add(len);
+                source = if len == left { sources.next() } else { Some((at.add(len), left - len)) };
             }
             room -= len;
             done += len;
-        }
-        if done == first.len() + second.len() {
-            break;
+            if room == 0 {
+                break;
+            }
         }
     }
     done
@@ -120,20 +128,22 @@ impl std::fmt::Debug for IoVec<'_> {
     }
 }
 
-/// A list of buffers in fixed, uninitialised storage (32 KiB: to use one again, see [`IoVecStorage`]).
+/// A list of buffers in fixed, uninitialised storage (32 KiB unless said otherwise: to use one again, see [`IoVecStorage`]).
 #[derive(Default)]
-pub struct IoVecs<'m> {
-    list: ArrayVec<IoVec<'m>, IOVECS_CAPACITY>,
+pub struct IoVecs<'m, const N: usize = IOVECS_CAPACITY> {
+    list: ArrayVec<IoVec<'m>, N>,
     read_only: bool,
 }
 
-impl<'m> IoVecs<'m> {
+impl IoVecs<'_> {
     /// An empty list.
     #[inline]
     pub fn new() -> Self {
         Self::default()
     }
+}
 
+impl<'m, const N: usize> IoVecs<'m, N> {
     /// Entries.
     #[inline]
     pub fn len(&self) -> usize {
@@ -196,6 +206,12 @@ impl<'m> IoVecs<'m> {
         self.push(IoVec::new(bytes.as_mut_ptr(), bytes.len()))
     }
 
+    /// Appends a piece of guest memory to be read. False when full.
+    #[inline]
+    pub fn push_piece(&mut self, piece: IoVec<'m>) -> bool {
+        self.push(piece)
+    }
+
     #[inline]
     pub(super) fn push(&mut self, entry: IoVec<'m>) -> bool {
         self.list.try_push(entry).is_ok()
@@ -204,23 +220,23 @@ impl<'m> IoVecs<'m> {
 
 /// Storage for an [`IoVecs`] that is used again and again, for one frame after another.
 #[derive(Default)]
-pub struct IoVecStorage {
-    list: IoVecs<'static>,
+pub struct IoVecStorage<const N: usize = IOVECS_CAPACITY> {
+    list: IoVecs<'static, N>,
 }
 
-impl IoVecStorage {
+impl<const N: usize> IoVecStorage<N> {
     /// An empty list for a use that lasts `'a`.
     #[inline]
-    pub fn begin<'a>(&'a mut self) -> &'a mut IoVecs<'a> {
+    pub fn begin<'a>(&'a mut self) -> &'a mut IoVecs<'a, N> {
         self.list.clear();
-        let list: *mut IoVecs<'static> = &mut self.list;
+        let list: *mut IoVecs<'static, N> = &mut self.list;
         // SAFETY: the types differ in a lifetime only. No entry of another lifetime is in the list: it was cleared just now,
         // and before the next `begin` clears it nobody can see what this use leaves behind.
-        unsafe { &mut *list.cast::<IoVecs<'a>>() }
+        unsafe { &mut *list.cast::<IoVecs<'a, N>>() }
     }
 }
 
-impl std::fmt::Debug for IoVecs<'_> {
+impl<const N: usize> std::fmt::Debug for IoVecs<'_, N> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_list().entries(&self.list).finish()
     }

@@ -23,6 +23,7 @@ mod guest;
 mod iovec;
 pub mod layout;
 mod mapping;
+mod nearby;
 mod residency;
 pub mod ring;
 pub mod sigbus;
@@ -30,11 +31,14 @@ pub mod sigbus;
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+mod transfer;
 
 pub use dirty::{DirtyLog, LOG_PAGE_SIZE};
 pub use error::{AccessError, LayoutError, MapError, MissingRange};
 pub use guest::{GuestMemory, MAX_REGIONS};
-pub use iovec::{IOVECS_CAPACITY, IoVec, IoVecStorage, IoVecs, MAX_IOVECS, gather, scatter, scatter_two};
+pub use iovec::{IOVECS_CAPACITY, IoVec, IoVecStorage, IoVecs, MAX_IOVECS, gather, scatter, scatter_each};
 pub use layout::RegionSpec;
 pub use mapping::Mapping;
+pub use nearby::Nearby;
 pub use residency::ResidencyMap;
+pub use transfer::{Place, Source};

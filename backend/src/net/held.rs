@@ -7,7 +7,7 @@ use super::counters::PairCounters;
 use super::rx::RxSettings;
 use super::tx::End;
 use crate::memory::{AccessError, GuestMemory};
-use crate::virtq::{Chain, PopError, Segment, SplitQueue};
+use crate::virtq::{Chain, PopError, Queue, Segment};
 
 /// Bad chains that one frame steps over before others have their turn; each can cost a walk over 1024 descriptors.
 const REFUSED_MAX: u32 = 8;
@@ -33,7 +33,7 @@ pub(super) struct Held {
 
 /// What the steps of the receive path share.
 pub(super) struct Context<'a> {
-    pub(super) ring: &'a mut SplitQueue,
+    pub(super) ring: &'a mut Queue,
     pub(super) memory: &'a GuestMemory,
     pub(super) counters: &'a PairCounters,
     pub(super) settings: RxSettings,

@@ -3,6 +3,7 @@
 //! Not here: how rings work (`virtq`), where frames go (`uplink`), what the front-end says (`session`).
 
 pub mod counters;
+pub mod deliver;
 pub mod features;
 pub mod header;
 mod held;
@@ -11,3 +12,4 @@ pub mod rx;
 #[cfg(test)]
 mod tests;
 pub mod tx;
+mod tx_singles;

@@ -19,7 +19,7 @@ use super::held::{Context, Held, finish_header};
 use super::tx::{BURST_BYTES, End};
 use crate::memory::{AccessError, GuestMemory, IoVecStorage, IoVecs, MAX_IOVECS};
 use crate::uplink::{ReceiveError, UplinkQueue};
-use crate::virtq::{Chain, PopError, Segment, SplitQueue};
+use crate::virtq::{Chain, PopError, Queue, Segment};
 use virtio_bindings::virtio_net as vn;
 
 /// Longest frame an uplink hands over, header included, bytes: a 64 KiB packet with link header and two VLAN
@@ -91,7 +91,7 @@ pub struct Receiver {
 
 impl Receiver {
     /// Gives up a held frame, so that the ring's base is the first chain that was not completed.
-    pub fn abandon(&mut self, ring: &mut SplitQueue, counters: &PairCounters) {
+    pub fn abandon(&mut self, ring: &mut Queue, counters: &PairCounters) {
         if std::mem::take(&mut self.held.waits) {
             ring.unpop(self.held.filled.len() as u16);
             counters.rx_dropped_stopped.add(1);
@@ -109,7 +109,7 @@ impl Receiver {
     #[allow(clippy::too_many_arguments)]
     pub fn run(
         &mut self,
-        ring: &mut SplitQueue,
+        ring: &mut Queue,
         memory: &GuestMemory,
         uplink: &mut dyn UplinkQueue,
         scratch: &mut Scratch,

@@ -10,9 +10,10 @@
 
 use super::counters::PairCounters;
 use super::header::{FRAME_LEN_MAX, FRAME_LEN_MIN, HDR_LEN, VirtioNetHdr};
+use super::tx_singles::{Singles, send_singles};
 use crate::memory::{AccessError, GuestMemory, IoVecStorage, IoVecs, MAX_IOVECS, MissingRange};
 use crate::uplink::{Burst, SendError, UplinkQueue};
-use crate::virtq::{Chain, PopError, QueueError, Segment, SplitQueue};
+use crate::virtq::{Chain, PopError, Queue, QueueError, Segment};
 use std::ops::Range;
 
 /// Bytes of frames after which a burst ends: large frames must not make other queues wait.
@@ -51,7 +52,7 @@ pub struct TxSettings {
 }
 
 /// Frames that are taken from the ring, checked and sent together.
-const BATCH: usize = 64;
+pub(super) const BATCH: usize = 64;
 /// Pieces of frames that a batch holds at most; the one that reaches it is its last.
 const BATCH_PIECES: usize = 2 * MAX_IOVECS;
 
@@ -84,6 +85,7 @@ pub struct Scratch {
     iovecs: IoVecStorage,
     frames: Vec<Range<usize>>,
     outcomes: Vec<Result<(), SendError>>,
+    pub(super) singles: Singles,
 }
 
 impl Default for Scratch {
@@ -96,6 +98,7 @@ impl Default for Scratch {
             iovecs: IoVecStorage::default(),
             frames: Vec::with_capacity(BATCH),
             outcomes: Vec::with_capacity(BATCH),
+            singles: Singles::default(),
         }
     }
 }
@@ -103,7 +106,7 @@ impl Default for Scratch {
 /// Moves up to `budget` frames from the ring to the uplink. Used entries are pushed but not published: the
 /// caller publishes and notifies once for the burst. Returns how many chains were used and why it ended.
 pub fn run(
-    ring: &mut SplitQueue,
+    ring: &mut Queue,
     memory: &GuestMemory,
     uplink: &mut dyn UplinkQueue,
     scratch: &mut Scratch,
@@ -115,9 +118,20 @@ pub fn run(
     let mut bytes = 0;
     loop {
         let room = BATCH.min((budget - used) as usize);
-        let mut end = take(ring, memory, scratch, settings, room, BURST_BYTES.saturating_sub(bytes));
-        let ready = assemble(memory, scratch, settings, uplink, &mut end);
-        let (done, sent) = settle(ring, scratch, settings, counters, ready, &mut end);
+        let bytes_max = BURST_BYTES.saturating_sub(bytes);
+        let mut end = None;
+        let (mut done, mut sent) = (0, 0);
+        if settings.enabled && settings.header_len == HDR_LEN {
+            let singles = &mut scratch.singles;
+            let features = settings.features;
+            (done, sent) =
+                send_singles(ring, memory, uplink, singles, features, counters, room, bytes_max, &mut end);
+        }
+        if done == 0 && end.is_none() {
+            end = take(ring, memory, scratch, settings, room, bytes_max);
+            let ready = assemble(memory, scratch, settings, uplink, &mut end);
+            (done, sent) = settle(ring, scratch, settings, counters, ready, &mut end);
+        }
         used += done;
         bytes += sent;
         match end {
@@ -130,7 +144,7 @@ pub fn run(
 
 /// Takes up to `room` chains off the ring, and asks for the lines that will be read next. Returns why there are no more.
 fn take(
-    ring: &mut SplitQueue,
+    ring: &mut Queue,
     memory: &GuestMemory,
     scratch: &mut Scratch,
     settings: TxSettings,
@@ -225,7 +239,7 @@ fn assemble(
 
 /// Pushes what is done, in ring order, and gives the rest back. Returns chains and bytes done.
 fn settle(
-    ring: &mut SplitQueue,
+    ring: &mut Queue,
     scratch: &mut Scratch,
     settings: TxSettings,
     counters: &PairCounters,
@@ -243,19 +257,11 @@ fn settle(
                     packets += 1;
                     bytes += taken.len - settings.header_len as u64;
                 }
-                Some(Err(SendError::Rejected(error))) => {
-                    tracing::debug!(%error, "frame refused by the uplink");
-                    counters.tx_rejected.add(1);
-                }
-                Some(Err(SendError::Down(_))) => counters.tx_dropped_down.add(1),
-                Some(Err(SendError::Spoofed)) => counters.tx_spoofed.add(1),
-                Some(Err(SendError::MemoryFault)) => {
-                    *end = Some(End::MemoryFault);
-                    break;
-                }
-                Some(Err(SendError::Full)) | None => {
-                    *end = Some(End::UplinkFull);
-                    break;
+                other => {
+                    if let Some(why) = not_sent(other, counters) {
+                        *end = Some(why);
+                        break;
+                    }
                 }
             },
             Verdict::Discard => counters.tx_discarded_disabled.add(1),
@@ -270,6 +276,23 @@ fn settle(
     counters.tx_packets.add(packets);
     counters.tx_bytes.add(bytes);
     (done as u32, bytes)
+}
+
+/// Counts a frame that was not sent but is done with, or says why it and those behind it wait.
+#[cold]
+pub(super) fn not_sent(outcome: Option<Result<(), SendError>>, counters: &PairCounters) -> Option<End> {
+    match outcome {
+        Some(Ok(())) => {}
+        Some(Err(SendError::Rejected(error))) => {
+            tracing::debug!(%error, "frame refused by the uplink");
+            counters.tx_rejected.add(1);
+        }
+        Some(Err(SendError::Down(_))) => counters.tx_dropped_down.add(1),
+        Some(Err(SendError::Spoofed)) => counters.tx_spoofed.add(1),
+        Some(Err(SendError::MemoryFault)) => return Some(End::MemoryFault),
+        Some(Err(SendError::Full)) | None => return Some(End::UplinkFull),
+    }
+    None
 }
 
 enum Refusal {

@@ -22,7 +22,7 @@ mod tap_tests;
 pub(crate) mod testing;
 pub mod xdp;
 
-use crate::memory::IoVec;
+use crate::memory::{IoVec, scatter_each};
 use crate::net::counters::PairCounters;
 use crate::worker::Direction;
 use std::io;
@@ -126,6 +126,19 @@ fn send_each<'a>(
     }
 }
 
+/// [`UplinkQueue::receive`] of an uplink that has [`UplinkQueue::frames`].
+///
+/// # Safety
+/// The buffers must be memory that may be written, as for [`scatter_each`].
+unsafe fn receive_first(uplink: &mut dyn UplinkQueue, buffers: &[IoVec<'_>]) -> Result<usize, ReceiveError> {
+    let burst = uplink.frames(1).ok_or(ReceiveError::Empty)?;
+    let frame = burst.iter().next().ok_or(ReceiveError::Empty)?;
+    // SAFETY: the caller's promise.
+    let len = unsafe { scatter_each(buffers, frame) };
+    uplink.consume(1);
+    Ok(len)
+}
+
 /// An uplink as a whole. All calls but `capabilities`, `describe`, `announce`, `front_end_left` and `report` may sleep.
 pub trait Uplink: Send + Sync {
     /// The uplink in the operator's words, e.g. `tap:vm1`.
@@ -192,6 +205,18 @@ pub trait UplinkQueue: Send {
     fn waiting(&mut self) -> u32 {
         0
     }
+    /// Whether a frame waits, as far as that can be seen at the price of a load or two, without a system call; what cannot be
+    /// seen turns a descriptor readable, too. `None`, always: nothing can be seen.
+    fn peek(&mut self) -> Option<bool> {
+        None
+    }
+    /// The frames that wait, as many as `max`, where the uplink has them in memory: for each a virtio-net header of zeros, then
+    /// the Ethernet frame. They stay until [`Self::consume`]. `None`: it has not, and each is to be received by itself.
+    fn frames(&mut self, _max: usize) -> Option<Burst<'_>> {
+        None
+    }
+    /// The first `n` of [`Self::frames`] have been taken.
+    fn consume(&mut self, _n: usize) {}
     /// Receives one frame, header first, into the buffers in their order. Returns its length in bytes, header
     /// included; a frame longer than the buffers is cut off.
     ///

@@ -1,11 +1,12 @@
 //! The null uplink: counts and drops what the guest sends, and has no frame for it, or as many as it takes. For
 //! measurements and tests of everything but an uplink.
 
-use super::{Capabilities, FrameFormat, ReceiveError, SendError, Uplink, UplinkQueue};
-use crate::memory::{IoVec, scatter};
+use super::{Burst, Capabilities, FrameFormat, ReceiveError, SendError, Uplink, UplinkQueue, receive_first};
+use crate::memory::{IoVec, IoVecStorage};
 use crate::net::features::OFFLOADS;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,6 +17,12 @@ const HEADER_MAX: usize = 12;
 pub const GENERATED_MIN: u16 = 60;
 /// Longest frame that is made, bytes.
 pub const GENERATED_MAX: u16 = 9014;
+/// Frames that are made at once.
+const BATCH: usize = 64;
+/// Bytes at the beginning of a frame that are its own; what follows is the same in all.
+const HEAD: usize = 64;
+/// The virtio-net header of all frames: nothing is left to be done about them.
+static NO_HEADER: [u8; HEADER_MAX] = [0; HEADER_MAX];
 /// Where a frame carries its number: behind Ethernet, IPv4 and UDP headers, bytes.
 const NUMBER: usize = 14 + 20 + 8;
 
@@ -28,9 +35,14 @@ pub struct Null {
 /// A queue of [`Null`].
 pub struct NullQueue {
     header_len: Arc<AtomicUsize>,
-    /// The frame that is made next, behind room for a header; empty: none ever.
-    frame: Vec<u8>,
+    /// The beginnings of the frames that are made next, [`HEAD`] bytes or less; empty: none ever.
+    heads: Vec<Vec<u8>>,
+    /// What follows each of them.
+    tail: Vec<u8>,
+    /// Frames taken so far.
     made: u64,
+    iovecs: IoVecStorage<{ 3 * BATCH }>,
+    frames: Vec<Range<usize>>,
     /// Always readable if frames are made.
     ready: Vec<Arc<OwnedFd>>,
 }
@@ -50,12 +62,21 @@ impl Null {
     }
 
     fn queue(&self) -> io::Result<NullQueue> {
-        let mut queue =
-            NullQueue { header_len: self.header_len.clone(), frame: Vec::new(), made: 0, ready: Vec::new() };
+        let mut queue = NullQueue {
+            header_len: self.header_len.clone(),
+            heads: Vec::new(),
+            tail: Vec::new(),
+            made: 0,
+            iovecs: IoVecStorage::default(),
+            frames: Vec::new(),
+            ready: Vec::new(),
+        };
         if let Some(len) = self.generate {
             let len = len.clamp(GENERATED_MIN, GENERATED_MAX);
-            queue.frame = vec![0; HEADER_MAX];
-            queue.frame.extend(udp_frame(len));
+            let mut frame = udp_frame(len);
+            queue.tail = frame.split_off(HEAD.min(frame.len()));
+            queue.heads = vec![frame; BATCH];
+            queue.frames.reserve(BATCH);
             let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
             queue.ready.push(Arc::new(EventFd::from_value_and_flags(1, flags)?.into()));
         }
@@ -95,16 +116,38 @@ impl UplinkQueue for NullQueue {
     fn send(&mut self, _frame: &[IoVec<'_>]) -> Result<(), SendError> {
         Ok(())
     }
-    fn receive(&mut self, buffers: &[IoVec<'_>]) -> Result<usize, ReceiveError> {
-        if self.frame.is_empty() {
-            return Err(ReceiveError::Empty);
+    fn send_burst(&mut self, burst: &Burst<'_>, outcomes: &mut Vec<Result<(), SendError>>) {
+        outcomes.resize_with(burst.frames.len(), || Ok(()));
+    }
+    fn peek(&mut self) -> Option<bool> {
+        Some(!self.heads.is_empty())
+    }
+    fn waiting(&mut self) -> u32 {
+        self.heads.len() as u32
+    }
+    fn frames(&mut self, max: usize) -> Option<Burst<'_>> {
+        let Self { heads, tail, made, iovecs, frames, .. } = self;
+        let header = &NO_HEADER[..self.header_len.load(Ordering::Relaxed)];
+        let iovecs = iovecs.begin();
+        frames.clear();
+        for (head, number) in heads.iter_mut().take(max).zip(*made + 1..) {
+            head[NUMBER..][..8].copy_from_slice(&number.to_le_bytes());
+            let start = iovecs.len();
+            iovecs.push_own(header);
+            iovecs.push_own(head);
+            if !tail.is_empty() {
+                iovecs.push_own(tail);
+            }
+            frames.push(start..iovecs.len());
         }
-        self.made += 1;
-        self.frame[HEADER_MAX + NUMBER..][..8].copy_from_slice(&self.made.to_le_bytes());
-        let frame = &self.frame[HEADER_MAX - self.header_len.load(Ordering::Relaxed)..];
+        Some(Burst { buffers: iovecs.as_slice(), frames })
+    }
+    fn consume(&mut self, n: usize) {
+        self.made += n as u64;
+    }
+    fn receive(&mut self, buffers: &[IoVec<'_>]) -> Result<usize, ReceiveError> {
         // SAFETY: buffers that are received into are guest memory, or ours and borrowed mutably.
-        unsafe { scatter(buffers, frame) };
-        Ok(frame.len())
+        unsafe { receive_first(self, buffers) }
     }
 }
 

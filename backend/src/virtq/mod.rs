@@ -5,13 +5,17 @@
 //! Chains are completed in ring order. vhost-user has one base index per ring, which cannot describe holes.
 #![forbid(unsafe_code)]
 
+mod burst;
 mod chain;
 mod lookahead;
+mod queue;
 mod split;
 #[cfg(test)]
 pub(crate) mod tests;
 
 pub use crate::memory::ring::RingError;
+pub use burst::{Access, Single};
 pub use chain::{Chain, ChainError, MAX_CHAIN, Segment};
 pub use lookahead::Purpose;
-pub use split::{PopError, QueueConfig, QueueError, SplitQueue};
+pub use queue::{PopError, Queue, QueueConfig, QueueError};
+pub use split::SplitQueue;

@@ -17,99 +17,12 @@
 
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
-use super::chain::{Chain, ChainError, WalkError};
-use crate::memory::ring::{RingError, RingLayout, RingView};
-use crate::memory::{GuestMemory, MissingRange};
+use super::chain::{Chain, WalkError};
+use super::queue::{PopError, QueueConfig, QueueError};
+use crate::memory::GuestMemory;
+use crate::memory::ring::RingView;
 
 use std::sync::atomic::{Ordering, fence};
-
-/// What the front-end said about a ring. Addresses in the front-end's user addresses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct QueueConfig {
-    /// Entries; a power of two up to 32768 (SET_VRING_NUM).
-    pub size: u16,
-    /// Index of the first chain to process (SET_VRING_BASE).
-    pub base: u16,
-    /// Descriptor table (SET_VRING_ADDR).
-    pub desc_user: u64,
-    /// Available ring.
-    pub avail_user: u64,
-    /// Used ring.
-    pub used_user: u64,
-    /// Guest-physical address for logging used-ring writes, if VHOST_VRING_F_LOG is set.
-    pub log_used: Option<u64>,
-    /// VIRTIO_F_EVENT_IDX was negotiated.
-    pub event_idx: bool,
-    /// VIRTIO_F_INDIRECT_DESC was negotiated.
-    pub indirect: bool,
-}
-
-impl QueueConfig {
-    /// Where the ring's memory is.
-    pub fn layout(&self) -> RingLayout {
-        RingLayout {
-            size: self.size,
-            desc_user: self.desc_user,
-            avail_user: self.avail_user,
-            used_user: self.used_user,
-            log_used: self.log_used,
-            event_idx: self.event_idx,
-        }
-    }
-}
-
-/// Why a ring cannot be used (any more, or yet).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum QueueError {
-    /// Size or addresses are wrong.
-    #[error(transparent)]
-    Ring(#[from] RingError),
-    /// The available index is further ahead than the queue is long, or went back.
-    #[error("available index {idx} with {next} next and {used} used of {size}")]
-    AvailJump {
-        /// What the guest wrote.
-        idx: u16,
-        /// The first chain not taken yet.
-        next: u16,
-        /// Chains that the guest saw completed.
-        used: u16,
-        /// Entries of the queue.
-        size: u16,
-    },
-    /// An available entry names a descriptor outside the table.
-    #[error("available entry {head} in a queue of {size}")]
-    BadHead {
-        /// What the guest wrote.
-        head: u16,
-        /// Entries of the queue.
-        size: u16,
-    },
-    /// The ring itself has not arrived: park.
-    #[error(transparent)]
-    Missing(#[from] MissingRange),
-    /// Memory of which pages may be missing was given to a queue with chains in work.
-    #[error("the memory table was replaced while chains were in work")]
-    Busy,
-}
-
-/// Why no chain was taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PopError {
-    /// The chain is malformed. It counts as popped: give it back with `push(head, 0)`.
-    #[error("chain {head}: {why}")]
-    Bad {
-        /// Its first descriptor.
-        head: u16,
-        /// What is wrong with it.
-        why: ChainError,
-    },
-    /// Descriptors have not arrived. Nothing was taken: park, then pop again.
-    #[error(transparent)]
-    Missing(MissingRange),
-    /// The ring cannot be used.
-    #[error(transparent)]
-    Broken(QueueError),
-}
 
 /// A free-running 16-bit index in a word of its own.
 ///
@@ -138,7 +51,7 @@ pub struct SplitQueue {
     pub(super) ring: RingView,
     pub(super) next_avail: Index,
     pub(super) avail_cached: Index,
-    next_used: Index,
+    pub(super) next_used: Index,
     published: Index,
     /// The used index at the last decision on a call; None before the first.
     decided: Option<u16>,
@@ -150,7 +63,7 @@ pub struct SplitQueue {
     pub(super) config: QueueConfig,
     resynced: bool,
     #[cfg(debug_assertions)]
-    in_work: std::collections::VecDeque<u16>,
+    pub(super) in_work: std::collections::VecDeque<u16>,
 }
 
 impl SplitQueue {
@@ -315,6 +228,14 @@ impl SplitQueue {
         }
     }
 
+    /// Whether a look at the ring would find chains, or find out what is wrong with it. One load; cheap enough to be asked
+    /// again and again.
+    #[inline]
+    pub fn may_have_more(&mut self) -> bool {
+        let known = self.avail_cached.get();
+        known != self.next_avail.get() || self.ring.access().map_or(true, |ring| ring.avail_idx() != known)
+    }
+
     /// Asks the guest not to kick, while we look at the ring anyway. With EVENT_IDX there is nothing to say: it kicks
     /// once more at most.
     #[inline]
@@ -394,64 +315,4 @@ fn pop_error(error: QueueError) -> PopError {
 #[inline]
 fn event_passed(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
-}
-
-/// How far before a buffer its descriptor is asked for, chains.
-const DESCRIPTORS_AHEAD: u16 = 8;
-/// A cache line, as far as prefetching goes, bytes.
-const LINE_BYTES: u64 = 64;
-/// Used elements in one.
-const USED_PER_LINE: usize = 8;
-
-impl SplitQueue {
-    /// Asks the CPU for all that the next `n` chains will need: descriptors, first lines of buffers, used elements. A burst
-    /// that begins after a pause finds none of it in its cache, and would wait for one line after the other. What it reads
-    /// serves the hint only.
-    pub fn prefetch_burst(&mut self, mem: &GuestMemory, n: u16) {
-        let n = self.available().map_or(0, |known| known.min(n));
-        let (first, used) = (self.next_avail.get(), self.next_used.get());
-        let Ok(ring) = self.ring.access() else { return };
-        for i in 0..n {
-            ring.prefetch_descriptor(ring.avail_head(first.wrapping_add(i)));
-        }
-        for i in 0..n {
-            if let Some(descriptor) = ring.descriptor(ring.avail_head(first.wrapping_add(i))) {
-                let addr = descriptor.addr().0;
-                mem.prefetch_write(addr);
-                mem.prefetch_write(addr.wrapping_add(LINE_BYTES));
-            }
-        }
-        (0..n).step_by(USED_PER_LINE).for_each(|i| ring.prefetch_used(used.wrapping_add(i)));
-    }
-
-    /// Asks the CPU for the used elements that the next `n` chains will get: the driver has just read those lines.
-    #[inline]
-    pub fn prefetch_used(&mut self, n: u16) {
-        let used = self.next_used.get();
-        if let Ok(ring) = self.ring.access() {
-            (0..n).step_by(USED_PER_LINE).for_each(|i| ring.prefetch_used(used.wrapping_add(i)));
-        }
-    }
-
-    /// Asks the CPU for the first lines of the buffer of the chain that is `ahead` places behind the next, which is going
-    /// to be written, and for the descriptor of one further behind, whose turn comes next. What it reads serves the
-    /// hint only.
-    #[inline]
-    pub fn prefetch_buffer(&mut self, mem: &GuestMemory, ahead: u16) {
-        let known = self.avail_cached.get().wrapping_sub(self.next_avail.get());
-        if ahead >= known {
-            return;
-        }
-        let ring = self.ring.access_known();
-        let at = self.next_avail.get().wrapping_add(ahead);
-        if ahead + DESCRIPTORS_AHEAD < known {
-            ring.prefetch_descriptor(ring.avail_head(at.wrapping_add(DESCRIPTORS_AHEAD)));
-        }
-        let head = ring.avail_head(at);
-        if let Some(descriptor) = ring.descriptor(head) {
-            let addr = descriptor.addr().0;
-            mem.prefetch_write(addr);
-            mem.prefetch_write(addr.wrapping_add(LINE_BYTES));
-        }
-    }
 }

@@ -5,6 +5,7 @@ use super::rig::{BUFFERS, Rig, frame};
 use crate::memory::testing::contents;
 use crate::net::tx::End;
 use crate::uplink::testing::Refuse;
+use crate::virtq::Queue;
 use proptest::prelude::*;
 
 #[derive(Clone, Debug)]
@@ -109,7 +110,7 @@ proptest! {
         let mut rig = Rig::new(256, 12, true);
         if event_idx {
             rig.driver.config.event_idx = true;
-            rig.queue = rig.driver.queue();
+            rig.queue = Queue::Split(rig.driver.queue());
         }
         let log = rig.log_writes();
         for (len, answer) in &frames {

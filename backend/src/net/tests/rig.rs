@@ -2,12 +2,14 @@
 #![forbid(unsafe_code)]
 
 use crate::memory::testing::{USER_BASE, memfd};
-use crate::memory::{DirtyLog, GuestMemory, ResidencyMap};
+use crate::memory::{DirtyLog, GuestMemory, IoVecs, ResidencyMap};
 use crate::net::counters::{PairCounters, PairCounts};
+use crate::net::deliver::{self, Delivered};
 use crate::net::rx::{Receiver, RxSettings, Scratch};
 use crate::net::tx::{self, End, TxSettings};
+use crate::uplink::Burst;
 use crate::uplink::testing::FakeUplink;
-use crate::virtq::SplitQueue;
+use crate::virtq::Queue;
 use crate::virtq::tests::driver::{Driver, MEM_SIZE, USED, WRITE};
 use std::collections::HashMap;
 use std::fs::File;
@@ -30,7 +32,7 @@ pub fn frame(header_len: usize, seed: u64, len: usize) -> Vec<u8> {
 
 pub struct Rig {
     pub driver: Driver,
-    pub queue: SplitQueue,
+    pub queue: Queue,
     pub memory: GuestMemory,
     pub uplink: FakeUplink,
     pub counters: PairCounters,
@@ -39,6 +41,7 @@ pub struct Rig {
     pub tx: TxSettings,
     scratch: Scratch,
     scratch_tx: tx::Scratch,
+    scratch_deliver: deliver::Scratch,
     /// The pieces of each chain, by its head.
     chains: HashMap<u16, Vec<(u64, u32)>>,
     seen: u16,
@@ -50,7 +53,7 @@ impl Rig {
     pub fn new(size: u16, header_len: usize, mergeable: bool) -> Self {
         let driver = Driver::new(size);
         Self {
-            queue: driver.queue(),
+            queue: Queue::Split(driver.queue()),
             memory: driver.mem.clone(),
             driver,
             uplink: FakeUplink::new(),
@@ -60,6 +63,7 @@ impl Rig {
             tx: TxSettings { features: 0, header_len, enabled: true },
             scratch: Scratch::default(),
             scratch_tx: tx::Scratch::default(),
+            scratch_deliver: deliver::Scratch::default(),
             chains: HashMap::new(),
             seen: 0,
             next_head: 0,
@@ -137,6 +141,29 @@ impl Rig {
         );
         self.publish(used);
         end
+    }
+
+    /// One burst of frames from memory, each with a header of `header_len` bytes in front, in pieces cut at `cut`.
+    pub fn deliver(&mut self, frames: &[Vec<u8>], header_len: usize, cut: usize) -> Delivered {
+        let mut buffers = IoVecs::new();
+        let mut ranges = Vec::new();
+        for frame in frames {
+            let start = buffers.len();
+            let (header, body) = frame.split_at(header_len);
+            buffers.push_own(header);
+            body.chunks(cut).for_each(|piece| assert!(buffers.push_own(piece)));
+            ranges.push(start..buffers.len());
+        }
+        let done = deliver::run(
+            &mut self.queue,
+            &self.memory,
+            &mut self.scratch_deliver,
+            self.rx,
+            &self.counters,
+            &Burst { buffers: buffers.as_slice(), frames: &ranges },
+        );
+        self.publish(done.used);
+        done
     }
 
     fn publish(&mut self, used: u32) {

@@ -5,7 +5,7 @@
 //! read.
 //!
 //! ```text
-//!   slot  [ header (12, always zero) │ frame ........ ]        head ─► reader    tail ─► writers
+//!   slot  [ frame ........ ]        head ─► reader    tail ─► writers
 //! ```
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -17,8 +17,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Frames that wait for one pair at most; further ones are dropped and counted.
 pub const INBOX_FRAMES: u32 = 256;
-/// Room for the longest virtio-net header, bytes.
-const HEADER: usize = 12;
 
 /// The writers' end.
 pub struct Inbox {
@@ -57,7 +55,7 @@ impl Inbox {
     /// No eventfd to be had.
     pub fn new(frame_max: usize) -> io::Result<(Arc<Self>, Reader)> {
         let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        let slot_bytes = (HEADER + frame_max).next_multiple_of(64);
+        let slot_bytes = frame_max.next_multiple_of(64);
         // In one piece, which the kernel zeroes on first use: a pair that needs no inbox has no memory in it.
         let memory = vec![0u8; slot_bytes * INBOX_FRAMES as usize].into_boxed_slice();
         // SAFETY: UnsafeCell<u8> is laid out like u8, and the box is ours.
@@ -109,14 +107,14 @@ impl Writer<'_> {
     /// Puts a copy of a frame in. False if there is no place for it; that is counted.
     pub fn push(&mut self, frame: &[u8]) -> bool {
         let full = self.tail.wrapping_sub(self.inbox.head.load(Ordering::Acquire)) >= INBOX_FRAMES;
-        if full || HEADER + frame.len() > self.inbox.slot_bytes {
+        if full || frame.len() > self.inbox.slot_bytes {
             self.inbox.lost.fetch_add(1, Ordering::Relaxed);
             return false;
         }
         let (len, bytes) = self.inbox.slot(self.tail);
         // SAFETY: not between head and tail, and this is the only writer: nobody else looks at the slot, and the frame
         // fits into it.
-        unsafe { std::ptr::copy_nonoverlapping(frame.as_ptr(), bytes.add(HEADER), frame.len()) };
+        unsafe { std::ptr::copy_nonoverlapping(frame.as_ptr(), bytes, frame.len()) };
         len.store(frame.len() as u32, Ordering::Relaxed);
         self.tail = self.tail.wrapping_add(1);
         true
@@ -143,17 +141,22 @@ impl Reader {
         &self.inbox
     }
 
-    /// The next frame behind a zero header of `header_len` bytes, if one waits.
+    /// Frames that wait, as far as is known.
     #[inline]
-    pub fn front(&mut self, header_len: usize) -> Option<&[u8]> {
-        if self.is_empty() {
+    pub fn known(&self) -> usize {
+        self.tail.wrapping_sub(self.head) as usize
+    }
+
+    /// The `index`-th of the frames that are known to wait.
+    #[inline]
+    pub fn frame(&self, index: usize) -> Option<&[u8]> {
+        if index >= self.known() {
             return None;
         }
-        let (len, bytes) = self.inbox.slot(self.head);
-        let len = HEADER + len.load(Ordering::Relaxed) as usize;
-        // SAFETY: between head and tail: the reader's, of whom there is one (`&mut self`), and written that far.
-        let bytes = unsafe { std::slice::from_raw_parts(bytes, len) };
-        Some(&bytes[HEADER - header_len.min(HEADER)..])
+        let (len, bytes) = self.inbox.slot(self.head.wrapping_add(index as u32));
+        // SAFETY: between head and tail: the reader's, of whom there is one, who pops by `&mut self` only; and written that
+        // far.
+        Some(unsafe { std::slice::from_raw_parts(bytes, len.load(Ordering::Relaxed) as usize) })
     }
 
     /// Whether none waits. If so, the next writer wakes the reader again.
@@ -173,13 +176,11 @@ impl Reader {
         self.head == self.tail
     }
 
-    /// Is through with the frame in front.
+    /// Is through with the first `n` frames.
     #[inline]
-    pub fn pop(&mut self) {
-        if self.head != self.tail {
-            self.head = self.head.wrapping_add(1);
-            self.inbox.head.store(self.head, Ordering::Release);
-        }
+    pub fn pop(&mut self, n: usize) {
+        self.head = self.head.wrapping_add(n.min(self.known()) as u32);
+        self.inbox.head.store(self.head, Ordering::Release);
     }
 
     /// Drops all that waits; returns how many frames that were.
@@ -219,21 +220,22 @@ mod tests {
     }
 
     #[test]
-    fn frames_come_out_in_order_behind_a_zero_header() {
+    fn frames_come_out_in_order() {
         let (inbox, mut reader) = Inbox::new(100).unwrap();
-        assert!(reader.front(12).is_none() && !waits(&inbox));
+        assert!(reader.is_empty() && reader.frame(0).is_none() && !waits(&inbox));
         {
             let mut writer = inbox.write();
             assert!(writer.push(&[1; 60]) && writer.push(&[2; 100]));
             assert!(!writer.push(&[3; 200]), "too long");
             assert!(!waits(&inbox), "not before the burst is over");
         }
-        assert!(waits(&inbox));
-        assert_eq!(reader.front(12).unwrap(), [vec![0; 12], vec![1; 60]].concat());
-        reader.pop();
-        assert_eq!(reader.front(10).unwrap(), [vec![0; 10], vec![2; 100]].concat());
-        reader.pop();
-        assert!(reader.front(12).is_none());
+        assert!(waits(&inbox) && !reader.is_empty());
+        assert_eq!((reader.frame(0).unwrap(), reader.frame(1).unwrap()), (&[1; 60][..], &[2; 100][..]));
+        assert!(reader.frame(2).is_none());
+        reader.pop(1);
+        assert_eq!(reader.frame(0).unwrap(), [2; 100]);
+        reader.pop(9);
+        assert!(reader.is_empty() && reader.frame(0).is_none());
         assert_eq!((reader.take_lost(), reader.take_lost()), (1, 0));
     }
 
@@ -275,9 +277,10 @@ mod tests {
             }
             let mut got = 0;
             while got < 2 * FRAMES {
-                if reader.front(12).is_some() {
-                    reader.pop();
-                    got += 1;
+                if !reader.is_empty() {
+                    let known = reader.known();
+                    reader.pop(known);
+                    got += known as u64;
                     continue;
                 }
                 let mut polled = [PollFd::new(inbox.event.as_fd(), PollFlags::POLLIN)];

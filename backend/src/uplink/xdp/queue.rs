@@ -16,13 +16,14 @@ use super::pace::Pace;
 use super::socket::descriptor;
 use super::switch::{Learned, Link, Mac, Route};
 use super::umem::{HEADROOM, LINK_BYTES, Umem};
-use crate::memory::{IoVec, gather, scatter, scatter_two};
+use crate::memory::{IoVec, IoVecStorage, gather};
 use crate::net::counters::PairCounters;
 use crate::net::header::{HDR_LEN, VirtioNetHdr};
-use crate::uplink::{Burst, ReceiveError, SendError, UplinkQueue, Woken};
+use crate::uplink::{Burst, ReceiveError, SendError, UplinkQueue, Woken, receive_first};
 use crate::worker::Direction;
 use ebpf_common::xdp::VLAN_NONE;
 use std::io;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -62,6 +63,11 @@ pub struct XdpQueue {
     incoming: Vec<(u8, u64, u32)>,
     next: usize,
     inbox_turn: u32,
+    /// The frames that were offered last are the inbox's.
+    from_inbox: bool,
+    iovecs: IoVecStorage<{ 2 * BURST as usize }>,
+    /// Header and frame of each.
+    ranges: Vec<Range<usize>>,
     /// Frames that are through, by lane, on their way back to FILL.
     recycle: Vec<Vec<u32>>,
     /// Lanes whose FILL ring wants its kernel side to be woken.
@@ -96,6 +102,9 @@ impl XdpQueue {
             incoming: Vec::with_capacity(lanes.len() * BURST as usize),
             next: 0,
             inbox_turn: INBOX_TURN,
+            from_inbox: false,
+            iovecs: IoVecStorage::default(),
+            ranges: (0..BURST as usize).map(|i| 2 * i..2 * i + 2).collect(),
             recycle: lanes.iter().map(|_| Vec::with_capacity(2 * BURST as usize)).collect(),
             fill_wake: LaneSet::default(),
             flooded: Vec::with_capacity(FLOOD_TURN as usize),
@@ -356,36 +365,56 @@ impl UplinkQueue for XdpQueue {
         (self.incoming.len() - self.next) as u32
     }
 
-    #[inline]
-    fn receive(&mut self, buffers: &[IoVec<'_>]) -> Result<usize, ReceiveError> {
-        let header_len = self.port.header_len.load(Ordering::Relaxed).min(HDR_LEN);
-        loop {
-            if let Some(&(lane, address, len)) = self.incoming.get(self.next) {
-                self.next += 1;
-                let umem = &self.lanes[usize::from(lane)].queue.umem;
-                let (frame, offset) = umem.locate(address);
-                self.recycle[usize::from(lane)].push(frame);
-                // SAFETY: the frame came off our RX ring and is not in FILL yet: it is ours.
-                let bytes = unsafe { umem.bytes(frame) };
-                let Some(data) = bytes.get(offset..offset + len as usize) else { continue };
-                // Not put in front of the data, in a line that is in no cache: a load over both would wait for it.
-                // SAFETY: buffers to be received into may be written (the trait's contract).
-                return Ok(unsafe { scatter_two(buffers, &NO_HEADER[..header_len], data) });
-            }
-            if self.inbox_turn > 0
-                && let Some(bytes) = self.inbox.front(header_len)
-            {
-                // SAFETY: as above.
-                let len = unsafe { scatter(buffers, bytes) };
-                self.inbox.pop();
-                self.inbox_turn -= 1;
-                self.counters.rx_inbox.add(1);
-                return Ok(len);
-            }
+    fn peek(&mut self) -> Option<bool> {
+        Some(self.next < self.incoming.len() || self.lanes.iter().any(|lane| lane.rx.has_more()))
+    }
+
+    fn frames(&mut self, max: usize) -> Option<Burst<'_>> {
+        while self.next == self.incoming.len() && (self.inbox_turn == 0 || self.inbox.is_empty()) {
             if !self.refill() {
-                return Err(ReceiveError::Empty);
+                break;
             }
         }
+        let Self { incoming, next, inbox, inbox_turn, lanes, iovecs, ranges, from_inbox, .. } = self;
+        let header = &NO_HEADER[..self.port.header_len.load(Ordering::Relaxed).min(HDR_LEN)];
+        let iovecs = iovecs.begin();
+        *from_inbox = *next == incoming.len();
+        if *from_inbox {
+            for index in 0..inbox.known().min(*inbox_turn as usize).min(max).min(BURST as usize) {
+                iovecs.push_own(header);
+                iovecs.push_own(inbox.frame(index).unwrap_or_default());
+            }
+        }
+        for &(lane, address, len) in incoming[*next..].iter().take(max.min(BURST as usize)) {
+            let umem = &lanes[usize::from(lane)].queue.umem;
+            let (frame, offset) = umem.locate(address);
+            // SAFETY: the frame came off our RX ring and is not in FILL before it is consumed: it is ours.
+            let bytes = unsafe { umem.bytes(frame) };
+            iovecs.push_own(header);
+            iovecs.push_own(bytes.get(offset..offset + len as usize).unwrap_or_default());
+        }
+        let count = iovecs.len() / 2;
+        Some(Burst { buffers: iovecs.as_slice(), frames: &ranges[..count] })
+    }
+
+    fn consume(&mut self, n: usize) {
+        if self.from_inbox {
+            self.inbox.pop(n);
+            self.inbox_turn = self.inbox_turn.saturating_sub(n as u32);
+            self.counters.rx_inbox.add(n as u64);
+            return;
+        }
+        let taken = self.next..(self.next + n).min(self.incoming.len());
+        self.next = taken.end;
+        for &(lane, address, _) in &self.incoming[taken] {
+            let lane = usize::from(lane);
+            self.recycle[lane].push(self.lanes[lane].queue.umem.locate(address).0);
+        }
+    }
+
+    fn receive(&mut self, buffers: &[IoVec<'_>]) -> Result<usize, ReceiveError> {
+        // SAFETY: buffers to be received into may be written (the trait's contract).
+        unsafe { receive_first(self, buffers) }
     }
 
     fn discard(&mut self) -> u64 {

@@ -1,0 +1,192 @@
+//! Copies of frames from where they lie (our memory, or another guest's) into a guest's buffers. Each byte of the source is
+//! read once and each of the destination written once, whatever either guest does meanwhile: both may even be the same
+//! memory.
+//!
+//! Not here: which buffers (`virtq`, `net::deliver`), and that a vanished file is noticed ([`super::sigbus`]).
+
+use super::AccessError;
+use super::copy;
+use super::guest::GuestMemory;
+use super::iovec::IoVec;
+use super::nearby::Nearby;
+
+/// A cache line, as far as prefetching goes, bytes.
+const LINE: usize = 64;
+
+/// A piece of guest memory in one region, all of it present, that may be written.
+#[derive(Clone, Copy)]
+pub struct Place<'m>(IoVec<'m>);
+
+impl<'m> Nearby<'m> {
+    /// As [`Nearby::find`], to be written.
+    #[inline(always)]
+    pub fn place(&mut self, gpa: u64, len: u32) -> Option<Place<'m>> {
+        self.find(gpa, len).map(Place)
+    }
+}
+
+impl Place<'_> {
+    /// Bytes.
+    #[inline(always)]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// True for a place of no bytes; guest memory never makes one.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Asks the CPU for the lines of its first `len` bytes, which are going to be written, as a hint. Returns how many lines
+    /// that are.
+    #[inline(always)]
+    pub fn prefetch_write(&self, len: usize) -> usize {
+        let lines = (self.0.base().addr() % LINE + len).div_ceil(LINE);
+        self.0.prefetch_write(lines);
+        lines
+    }
+
+    /// Copies `header` to its beginning and the pieces of a frame behind, as far as there is room. Returns how many bytes.
+    #[inline(always)]
+    pub fn fill(self, header: &[u8], frame: &[IoVec<'_>]) -> usize {
+        let (to, room) = (self.0.base(), self.0.len());
+        let mut done = header.len().min(room);
+        // SAFETY: the place is guest memory that stays mapped while it lives and has room for `done` bytes.
+        unsafe { copy::to_guest(to, &header[..done]) };
+        for piece in frame {
+            let len = piece.len().min(room - done);
+            // SAFETY: `done + len <= room`; a piece is memory that stays mapped while it lives.
+            unsafe { copy::bulk_between_guests(piece.base(), to.add(done), len) };
+            done += len;
+        }
+        done
+    }
+}
+
+/// A frame that is copied part by part: a header of ours, then pieces of memory.
+pub struct Source<'a> {
+    header: &'a [u8],
+    frame: &'a [IoVec<'a>],
+    /// Bytes of the first of `frame` that are gone already.
+    at: usize,
+}
+
+impl<'a> Source<'a> {
+    /// A frame with this header in front.
+    pub fn new(header: &'a [u8], frame: &'a [IoVec<'a>]) -> Self {
+        Self { header, frame, at: 0 }
+    }
+
+    /// The next run of at most `max` bytes; none at the end.
+    fn run(&mut self, max: usize) -> Option<(*const u8, usize)> {
+        if !self.header.is_empty() {
+            let (run, rest) = self.header.split_at(self.header.len().min(max));
+            self.header = rest;
+            return Some((run.as_ptr(), run.len()));
+        }
+        while let Some((piece, rest)) = self.frame.split_first() {
+            let len = (piece.len() - self.at).min(max);
+            if len > 0 {
+                // SAFETY: `at < len` of the piece.
+                let from = unsafe { piece.base().add(self.at) };
+                self.at += len;
+                return Some((from, len));
+            }
+            self.frame = rest;
+            self.at = 0;
+        }
+        None
+    }
+}
+
+impl GuestMemory {
+    /// Copies the next `len` bytes of `source` to `gpa`, as far as it has them, and logs the pages as dirty. On an error
+    /// `source` may have advanced.
+    ///
+    /// # Errors
+    /// Not guest memory, or not present; bytes before that may have been written.
+    pub fn write_from(&self, gpa: u64, len: u32, source: &mut Source<'_>) -> Result<(), AccessError> {
+        self.for_each_piece(gpa, len.into(), |piece| {
+            let room = piece.len as usize;
+            let mut done = 0;
+            while done < room
+                && let Some((from, len)) = source.run(room - done)
+            {
+                // SAFETY: the piece is mapped and present for `room` bytes while `self` lives, of which `len` are left; a run
+                // is memory that stays mapped while the source lives.
+                unsafe { copy::bulk_between_guests(from, piece.host.as_ptr().add(done), len) };
+                done += len;
+            }
+            Ok(())
+        })?;
+        self.mark_written(gpa, len);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::iovec::IoVecs;
+    use super::super::testing::guest;
+    use super::*;
+    use std::os::unix::fs::FileExt;
+
+    fn bytes(file: &std::fs::File, at: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        file.read_exact_at(&mut bytes, at).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn a_place_is_filled_with_header_and_pieces_and_no_further() {
+        let (memory, file) = guest(0x4000);
+        let (a, b) = ([1u8; 70], [2u8; 5]);
+        let mut pieces = IoVecs::new();
+        pieces.push_own(&a);
+        pieces.push_own(&b);
+        let mut near = Nearby::new(&memory);
+        let place = near.place(0x1001, 200).unwrap();
+        assert_eq!(place.prefetch_write(63), 1);
+        assert_eq!(place.prefetch_write(64), 2);
+        assert_eq!(place.fill(&[9; 12], pieces.as_slice()), 87);
+        let expected = [&[0u8][..], &[9; 12], &a, &b, &[0]].concat();
+        assert_eq!(bytes(&file, 0x1000, expected.len()), expected);
+        for len in [1, 5, 12, 13, 82, 83, 86] {
+            let place = near.place(0x2000, len).unwrap();
+            assert_eq!(place.fill(&[9; 12], pieces.as_slice()), len as usize);
+            assert_eq!(bytes(&file, 0x2000, len as usize), expected[1..][..len as usize]);
+            assert_eq!(bytes(&file, 0x2000 + u64::from(len), 1), [0]);
+        }
+        assert!(near.place(0x3fff, 2).is_none());
+    }
+
+    #[test]
+    fn a_source_is_spread_over_any_parts() {
+        let (memory, file) = guest(0x4000);
+        let data: Vec<u8> = (0..200).map(|i| i as u8).collect();
+        for cut in [1, 7, 12, 13, 64, 199] {
+            let mut pieces = IoVecs::new();
+            pieces.push_own(&data[..cut]);
+            pieces.push_own(&data[cut..]);
+            let mut source = Source::new(&[7; 12], pieces.as_slice());
+            let mut at = 0x1000;
+            for len in [1, 11, 50, 100, 90] {
+                memory.write_from(at, len, &mut source).unwrap();
+                at += u64::from(len);
+            }
+            let expected = [&[7; 12][..], &data, &[0]].concat();
+            assert_eq!(bytes(&file, 0x1000, expected.len()), expected, "{cut}");
+        }
+    }
+
+    /// One guest on both ends: what overlaps is copied somehow, and nothing else happens.
+    #[test]
+    fn source_and_destination_may_be_the_same_memory() {
+        let (memory, _file) = guest(0x4000);
+        let mut pieces = IoVecs::new();
+        memory.push_iovecs(0x1000, 300, &mut pieces).unwrap();
+        let place = Nearby::new(&memory).place(0x1010, 312).unwrap();
+        assert_eq!(place.fill(&[0; 12], pieces.as_slice()), 312);
+    }
+}

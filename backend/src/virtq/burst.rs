@@ -1,0 +1,133 @@
+//! Many chains at once: what most drivers make of most frames is a chain of one direct descriptor, and those go through in
+//! one loop. Also the hints that a burst gives to the CPU before it begins. Chains of any other shape are for `pop`.
+#![forbid(unsafe_code)]
+
+use super::queue::QueueError;
+use super::split::{Index, SplitQueue};
+use crate::memory::GuestMemory;
+
+/// A chain of one direct descriptor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Single {
+    /// Guest-physical address of its buffer. Not checked against the memory table.
+    pub gpa: u64,
+    /// Bytes; never 0.
+    pub len: u32,
+    /// The descriptor, by which the chain is given back.
+    pub head: u16,
+}
+
+/// Which way the buffer of a [`Single`] goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// The guest wrote it for us.
+    Readable,
+    /// We may write there.
+    Writable,
+}
+
+impl SplitQueue {
+    /// Takes chains of one direct descriptor off the ring, up to the first chain of another shape or as many as there is room
+    /// for in `out`, and returns how many. 0: [`Self::pop`] knows what the next one is, or that there is none.
+    ///
+    /// # Errors
+    /// The ring is missing or broken, as [`Self::available`] says.
+    #[inline]
+    pub fn pop_singles(&mut self, access: Access, out: &mut [Single]) -> Result<usize, QueueError> {
+        let known = usize::from(self.available()?).min(out.len());
+        let first = self.next_avail.get();
+        let ring = self.ring.access_known();
+        let mut taken = 0;
+        for single in &mut out[..known] {
+            let head = ring.avail_head(first.wrapping_add(taken as u16));
+            let Some(descriptor) = ring.descriptor(head) else { break };
+            let len = descriptor.len();
+            // NEXT, INDIRECT, or the other direction: not one of these. (Other flags mean nothing, as in `Chain`.)
+            let plain = !descriptor.has_next() && !descriptor.refers_to_indirect_table();
+            if !plain || descriptor.is_write_only() != (access == Access::Writable) || len == 0 {
+                break;
+            }
+            *single = Single { gpa: descriptor.addr().0, len, head };
+            taken += 1;
+            #[cfg(debug_assertions)]
+            self.in_work.push_back(head);
+        }
+        self.next_avail = Index::from(first.wrapping_add(taken as u16));
+        Ok(taken)
+    }
+
+    /// Completes the oldest chains in work, each given by its head and the bytes that were written into it. Visible with
+    /// [`Self::publish`].
+    #[inline]
+    pub fn push_all(&mut self, chains: impl Iterator<Item = (u16, u32)>) {
+        let ring = self.ring.access_known();
+        let mut used = self.next_used.get();
+        for (head, len) in chains {
+            #[cfg(debug_assertions)]
+            assert_eq!(self.in_work.pop_front(), Some(head), "chains must be completed in ring order");
+            ring.write_used(used, u32::from(head), len);
+            used = used.wrapping_add(1);
+        }
+        self.next_used = Index::from(used);
+    }
+}
+
+/// How far before a buffer its descriptor is asked for, chains.
+const DESCRIPTORS_AHEAD: u16 = 8;
+/// A cache line, as far as prefetching goes, bytes.
+const LINE_BYTES: u64 = 64;
+/// Used elements in one.
+const USED_PER_LINE: usize = 8;
+
+impl SplitQueue {
+    /// Asks the CPU for all that the next `n` chains will need: descriptors, first lines of buffers, used elements. A burst
+    /// that begins after a pause finds none of it in its cache, and would wait for one line after the other. What it reads
+    /// serves the hint only.
+    pub fn prefetch_burst(&mut self, mem: &GuestMemory, n: u16) {
+        let n = self.available().map_or(0, |known| known.min(n));
+        let (first, used) = (self.next_avail.get(), self.next_used.get());
+        let Ok(ring) = self.ring.access() else { return };
+        for i in 0..n {
+            ring.prefetch_descriptor(ring.avail_head(first.wrapping_add(i)));
+        }
+        for i in 0..n {
+            if let Some(descriptor) = ring.descriptor(ring.avail_head(first.wrapping_add(i))) {
+                let addr = descriptor.addr().0;
+                mem.prefetch_write(addr);
+                mem.prefetch_write(addr.wrapping_add(LINE_BYTES));
+            }
+        }
+        (0..n).step_by(USED_PER_LINE).for_each(|i| ring.prefetch_used(used.wrapping_add(i)));
+    }
+
+    /// Asks the CPU for the used elements that the next `n` chains will get: the driver has just read those lines.
+    #[inline]
+    pub fn prefetch_used(&mut self, n: u16) {
+        let used = self.next_used.get();
+        if let Ok(ring) = self.ring.access() {
+            (0..n).step_by(USED_PER_LINE).for_each(|i| ring.prefetch_used(used.wrapping_add(i)));
+        }
+    }
+
+    /// Asks the CPU for the first lines of the buffer of the chain that is `ahead` places behind the next, which is going
+    /// to be written, and for the descriptor of one further behind, whose turn comes next. What it reads serves the
+    /// hint only.
+    #[inline]
+    pub fn prefetch_buffer(&mut self, mem: &GuestMemory, ahead: u16) {
+        let known = self.avail_cached.get().wrapping_sub(self.next_avail.get());
+        if ahead >= known {
+            return;
+        }
+        let ring = self.ring.access_known();
+        let at = self.next_avail.get().wrapping_add(ahead);
+        if ahead + DESCRIPTORS_AHEAD < known {
+            ring.prefetch_descriptor(ring.avail_head(at.wrapping_add(DESCRIPTORS_AHEAD)));
+        }
+        let head = ring.avail_head(at);
+        if let Some(descriptor) = ring.descriptor(head) {
+            let addr = descriptor.addr().0;
+            mem.prefetch_write(addr);
+            mem.prefetch_write(addr.wrapping_add(LINE_BYTES));
+        }
+    }
+}
