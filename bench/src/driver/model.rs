@@ -82,9 +82,11 @@ impl Device for PackedDevice {
 
     fn push(&mut self, memory: &Mapping, id: u16, len: u32) {
         let at = PLACE.desc + 16 * u64::from(self.used.0);
-        memory.store_u32(at + 8, len);
+        // What stands there without the flag is not a length.
+        memory.store_u32(at + 8, if len > 0 { len } else { 77 });
         memory.store_u16(at + 12, id);
-        memory.store_u16(at + 14, if self.used.1 { 0x8080 } else { 0 });
+        let wrote = if len > 0 { 2 } else { 0 };
+        memory.store_u16(at + 14, wrote | if self.used.1 { 0x8080 } else { 0 });
         step(&mut self.used);
     }
 }
@@ -138,7 +140,7 @@ fn random_walk(memory: &Mapping, mut ring: impl Ring, mut device: impl Device) {
                     }
                     if !held.is_empty() && (last || random(&mut state) % 2 == 0) {
                         let id = held.swap_remove(random(&mut state) as usize % held.len());
-                        let len = random(&mut state) as u32;
+                        let len = random(&mut state) as u32 % 4;
                         device.push(memory, id, len);
                         done.push_back(Used { id, len });
                     }

@@ -107,7 +107,9 @@ impl Ring for Packed {
                 break;
             }
             let Some(word) = self.used_at(self.taken) else { break };
-            let (id, len) = ((word >> 32) as u16, word as u32);
+            // VIRTIO 1.3 §2.8.5: without the flag there is no length.
+            let wrote = (word >> 48) as u16 & DESC_WRITE != 0;
+            let (id, len) = ((word >> 32) as u16, if wrote { word as u32 } else { 0 });
             match self.held.get_mut(usize::from(id)) {
                 Some(held) if *held => *held = false,
                 _ => return Err(RingError::NotHeld(id.into())),
