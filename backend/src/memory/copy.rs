@@ -1,19 +1,7 @@
-//! Copies between our memory and a guest's, by volatile loads and stores: the compiler may neither repeat a load
-//! (a double fetch of something the guest changes) nor assume that what was stored stays.
-//! Wide accesses of unaligned memory go through packed wrappers, which compile to single plain moves.
+//! Copies between our memory and a guest's, made of single moves ([`super::moves`]): the compiler may neither repeat a load (a
+//! double fetch of something the guest changes) nor assume that what was stored stays.
 
-use std::ptr::{read_volatile, write_volatile};
-
-#[derive(Clone, Copy)]
-#[repr(C, packed)]
-struct Word(u64);
-
-#[derive(Clone, Copy)]
-#[repr(C, packed)]
-struct Half(u32);
-
-const WORD: usize = size_of::<Word>();
-const HALF: usize = size_of::<Half>();
+use super::moves::{BLOCK, Unit, Wide, copy_block};
 
 /// Copies `dst.len()` bytes out of guest memory.
 ///
@@ -21,24 +9,8 @@ const HALF: usize = size_of::<Half>();
 /// `src` must be valid for reads of `dst.len()` bytes inside a live guest mapping.
 #[inline]
 pub(super) unsafe fn from_guest(src: *const u8, dst: &mut [u8]) {
-    let mut done = 0;
-    while dst.len() - done >= WORD {
-        // SAFETY: `done + WORD <= dst.len()`, within what the caller vouches for; Word has alignment 1.
-        let word = unsafe { read_volatile(src.add(done).cast::<Word>()) };
-        dst[done..done + WORD].copy_from_slice(&{ word.0 }.to_ne_bytes());
-        done += WORD;
-    }
-    if dst.len() - done >= HALF {
-        // SAFETY: as above with HALF.
-        let half = unsafe { read_volatile(src.add(done).cast::<Half>()) };
-        dst[done..done + HALF].copy_from_slice(&{ half.0 }.to_ne_bytes());
-        done += HALF;
-    }
-    while done < dst.len() {
-        // SAFETY: `done < dst.len()`.
-        dst[done] = unsafe { read_volatile(src.add(done)) };
-        done += 1;
-    }
+    // SAFETY: the caller's promise; `dst` has as many bytes.
+    unsafe { few(src, dst.as_mut_ptr(), dst.len()) }
 }
 
 /// Copies `src` into guest memory.
@@ -47,29 +19,28 @@ pub(super) unsafe fn from_guest(src: *const u8, dst: &mut [u8]) {
 /// `dst` must be valid for writes of `src.len()` bytes inside a live guest mapping.
 #[inline]
 pub(super) unsafe fn to_guest(dst: *mut u8, src: &[u8]) {
-    let mut chunks = src.chunks_exact(WORD);
-    let mut done = 0;
-    for chunk in &mut chunks {
-        let word = Word(u64::from_ne_bytes(chunk.try_into().expect("chunks_exact gives whole words")));
-        // SAFETY: `done + WORD <= src.len()`, within what the caller vouches for; Word has alignment 1.
-        unsafe { write_volatile(dst.add(done).cast::<Word>(), word) };
-        done += WORD;
-    }
-    for byte in chunks.remainder() {
-        // SAFETY: `done < src.len()`.
-        unsafe { write_volatile(dst.add(done), *byte) };
-        done += 1;
-    }
+    // SAFETY: the caller's promise; `src` has as many bytes.
+    unsafe { few(src.as_ptr(), dst, src.len()) }
+}
+
+/// Copies an array into guest memory, in as few moves as its length, known to the compiler, takes.
+///
+/// # Safety
+/// `dst` must be valid for writes of `N` bytes inside a live guest mapping.
+#[inline(always)]
+pub(super) unsafe fn array_to_guest<const N: usize>(dst: *mut u8, src: &[u8; N]) {
+    // SAFETY: the caller's promise; `src` has `N` bytes.
+    unsafe { few(src.as_ptr(), dst, N) }
 }
 
 /// Copies `len` bytes out of guest memory, many at a time, each loaded once.
 ///
 /// # Safety
-/// `src` must be valid for reads of `len` bytes inside a live mapping, `dst` for writes; they must not overlap.
+/// `src` must be valid for reads of `len` bytes inside a live mapping, `dst` for writes.
 #[inline]
 pub(super) unsafe fn bulk_from_guest(src: *const u8, dst: *mut u8, len: usize) {
     // SAFETY: the caller's promise.
-    unsafe { bulk::<true, false>(src, dst, len) }
+    unsafe { bulk(src, dst, len) }
 }
 
 /// Copies `len` bytes into guest memory, many at a time, each stored once.
@@ -79,98 +50,69 @@ pub(super) unsafe fn bulk_from_guest(src: *const u8, dst: *mut u8, len: usize) {
 #[inline]
 pub(super) unsafe fn bulk_to_guest(src: *const u8, dst: *mut u8, len: usize) {
     // SAFETY: the caller's promise.
-    unsafe { bulk::<false, true>(src, dst, len) }
+    unsafe { bulk(src, dst, len) }
 }
 
 /// Copies `len` bytes from one guest's memory (or ours) to another's, many at a time, each loaded once and stored once.
 /// Where both overlap, what the destination holds afterwards is a mixture.
 ///
 /// # Safety
-/// `src` must be valid for reads of `len` bytes, `dst` for writes, each inside a live mapping or memory of ours.
+/// As for [`bulk_from_guest`].
 #[inline]
 pub(super) unsafe fn bulk_between_guests(src: *const u8, dst: *mut u8, len: usize) {
     // SAFETY: the caller's promise.
-    unsafe { bulk::<true, true>(src, dst, len) }
+    unsafe { bulk(src, dst, len) }
 }
 
-/// The widest thing that one plain move carries on every machine of the kind.
-#[derive(Clone, Copy)]
-#[repr(C, packed)]
-#[cfg(target_arch = "x86_64")]
-struct Wide(std::arch::x86_64::__m128i);
-#[derive(Clone, Copy)]
-#[repr(C, packed)]
-#[cfg(not(target_arch = "x86_64"))]
-struct Wide(u64);
-
 /// # Safety
-/// As for [`bulk_from_guest`]; `FROM`: the source is a guest's, `TO`: the destination is.
+/// As for [`bulk_from_guest`].
 #[inline(always)]
-unsafe fn bulk<const FROM: bool, const TO: bool>(src: *const u8, dst: *mut u8, len: usize) {
-    const WIDE: usize = size_of::<Wide>();
-    let mut done = 0;
-    while len - done >= 4 * WIDE {
-        // Loads before stores: they need not wait for each other. By name and not in an array, which would lie on the
-        // stack: its stores would take the places of those that wait for lines of guest memory.
-        // SAFETY: four pieces lie within `len`.
+unsafe fn bulk(src: *const u8, dst: *mut u8, len: usize) {
+    let (mut src, mut dst, mut len) = (src, dst, len);
+    while len >= BLOCK {
+        // SAFETY: the block lies within what is left.
         unsafe {
-            let a = load::<Wide, FROM>(src.add(done));
-            let b = load::<Wide, FROM>(src.add(done + WIDE));
-            let c = load::<Wide, FROM>(src.add(done + 2 * WIDE));
-            let d = load::<Wide, FROM>(src.add(done + 3 * WIDE));
-            store::<Wide, TO>(dst.add(done), a);
-            store::<Wide, TO>(dst.add(done + WIDE), b);
-            store::<Wide, TO>(dst.add(done + 2 * WIDE), c);
-            store::<Wide, TO>(dst.add(done + 3 * WIDE), d);
+            copy_block(src, dst);
+            (src, dst) = (src.add(BLOCK), dst.add(BLOCK));
         }
-        done += 4 * WIDE;
+        len -= BLOCK;
     }
+    if len == 0 {
+        return;
+    }
+    // SAFETY: goes on where the blocks ended, within what is left.
+    unsafe {
+        let done = pieces::<Wide>(src, dst, 0, len);
+        few(src.add(done), dst.add(done), len - done);
+    }
+}
+
+/// Copies `len` bytes by moves of 8, 4 and 1 bytes.
+///
+/// # Safety
+/// As for [`bulk_from_guest`].
+#[inline(always)]
+unsafe fn few(src: *const u8, dst: *mut u8, len: usize) {
     // SAFETY: each call goes on where the last one ended, within `len`.
     unsafe {
-        let done = pieces::<Wide, FROM, TO>(src, dst, done, len);
-        let done = pieces::<Word, FROM, TO>(src, dst, done, len);
-        let done = pieces::<Half, FROM, TO>(src, dst, done, len);
-        pieces::<u8, FROM, TO>(src, dst, done, len);
+        let done = pieces::<u64>(src, dst, 0, len);
+        let done = pieces::<u32>(src, dst, done, len);
+        pieces::<u8>(src, dst, done, len);
     }
 }
 
 /// Copies from `done` on as many pieces as `len` has; returns how far it came.
 ///
 /// # Safety
-/// As for [`bulk_from_guest`]; `T` must have alignment 1.
+/// As for [`bulk_from_guest`].
 #[inline(always)]
-unsafe fn pieces<T: Copy, const FROM: bool, const TO: bool>(
-    src: *const u8,
-    dst: *mut u8,
-    mut done: usize,
-    len: usize,
-) -> usize {
+unsafe fn pieces<T: Unit>(src: *const u8, dst: *mut u8, mut done: usize, len: usize) -> usize {
     while len - done >= size_of::<T>() {
         // SAFETY: the piece lies within `len`.
-        unsafe { store::<T, TO>(dst.add(done), load::<T, FROM>(src.add(done))) };
+        unsafe { T::load(src.add(done)).store(dst.add(done)) };
         done += size_of::<T>();
     }
     done
-}
-
-/// One move from the source; volatile if that is the guest's.
-///
-/// # Safety
-/// `from` must be valid for a read of a `T`, which must have alignment 1.
-#[inline(always)]
-unsafe fn load<T: Copy, const FROM: bool>(from: *const u8) -> T {
-    // SAFETY: the caller's promise.
-    unsafe { if FROM { read_volatile(from.cast::<T>()) } else { from.cast::<T>().read() } }
-}
-
-/// One move to the destination; volatile if that is the guest's.
-///
-/// # Safety
-/// `to` must be valid for a write of a `T`, which must have alignment 1.
-#[inline(always)]
-unsafe fn store<T: Copy, const TO: bool>(to: *mut u8, value: T) {
-    // SAFETY: the caller's promise.
-    unsafe { if TO { write_volatile(to.cast::<T>(), value) } else { to.cast::<T>().write(value) } }
 }
 
 /// One 16-byte descriptor as two little-endian words, each loaded once.
@@ -179,10 +121,8 @@ unsafe fn store<T: Copy, const TO: bool>(to: *mut u8, value: T) {
 /// `src` must be valid for reads of 16 bytes inside a live guest mapping.
 #[inline(always)]
 pub(super) unsafe fn load_two_words(src: *const u8) -> (u64, u64) {
-    // SAFETY: 16 readable bytes; Word has alignment 1.
-    let (low, high) =
-        unsafe { (read_volatile(src.cast::<Word>()), read_volatile(src.add(WORD).cast::<Word>())) };
-    (u64::from_le(low.0), u64::from_le(high.0))
+    // SAFETY: 16 readable bytes.
+    unsafe { (u64::from_le(u64::load(src)), u64::from_le(u64::load(src.add(8)))) }
 }
 
 /// Stores two little-endian halves.
@@ -191,10 +131,10 @@ pub(super) unsafe fn load_two_words(src: *const u8) -> (u64, u64) {
 /// `dst` must be valid for writes of 8 bytes inside a live guest mapping.
 #[inline(always)]
 pub(super) unsafe fn store_two_halves(dst: *mut u8, low: u32, high: u32) {
-    // SAFETY: 8 writable bytes; Half has alignment 1.
+    // SAFETY: 8 writable bytes.
     unsafe {
-        write_volatile(dst.cast::<Half>(), Half(low.to_le()));
-        write_volatile(dst.add(HALF).cast::<Half>(), Half(high.to_le()));
+        low.to_le().store(dst);
+        high.to_le().store(dst.add(4));
     }
 }
 

@@ -397,10 +397,16 @@ pub(super) fn prefetch_line(at: NonNull<u8>) {
 /// has PREFETCHW; the instruction itself does nothing on those that have not.
 #[inline(always)]
 pub(super) fn prefetch_line_write(at: NonNull<u8>) {
+    prefetch_write(at.as_ptr());
+}
+
+/// As `prefetch_line_write`, for any address.
+#[inline(always)]
+pub(super) fn prefetch_write(at: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch does not fault and changes nothing.
     unsafe {
-        std::arch::asm!("prefetchw [{}]", in(reg) at.as_ptr(), options(nostack, preserves_flags, readonly));
+        std::arch::asm!("prefetchw [{}]", in(reg) at, options(nostack, preserves_flags, readonly));
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = at;

@@ -23,6 +23,7 @@ mod guest;
 mod iovec;
 pub mod layout;
 mod mapping;
+mod moves;
 mod nearby;
 mod residency;
 pub mod ring;

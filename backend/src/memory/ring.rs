@@ -312,6 +312,19 @@ impl<'a> RingAccess<'a> {
         Some(unsafe { load_descriptor(self.view.desc.add(usize::from(index) * DESC_SIZE as usize)) })
     }
 
+    /// The descriptor `index` as it lies there: its address; its length, flags (from bit 32 on) and next (from bit 48 on). None
+    /// outside the table.
+    #[inline(always)]
+    pub fn descriptor_words(self, index: u16) -> Option<(u64, u64)> {
+        if index > self.view.mask {
+            return None;
+        }
+        // SAFETY: as in `descriptor`.
+        Some(unsafe {
+            copy::load_two_words(self.view.desc.add(usize::from(index) * DESC_SIZE as usize).as_ptr())
+        })
+    }
+
     /// Asks the CPU for the line of descriptor `index`, as a hint.
     #[inline(always)]
     pub fn prefetch_descriptor(self, index: u16) {

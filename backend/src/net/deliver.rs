@@ -21,12 +21,17 @@ use crate::memory::{AccessError, GuestMemory, IoVec, Nearby, Place, Source, gath
 use crate::uplink::Burst;
 use crate::virtq::{Access, Chain, PopError, Queue, Segment, Single};
 use arrayvec::ArrayVec;
+use std::iter::Zip;
+use std::ops::Range;
+use std::slice::Iter;
 
 /// Frames whose buffers are taken off the ring at once.
 const BATCH: usize = 64;
-/// Lines of buffers that are asked for ahead of the copy: a batch of small frames, four of 1500 bytes. Those of more large
-/// ones would drive each other out of the first cache.
+/// Lines of buffers that are asked for ahead of the copy: a batch of small frames, but four to eight of 1500 bytes. Those of
+/// more large ones would drive each other out of the first cache.
 const LINES_AHEAD: usize = 192;
+/// A cache line, as far as prefetching goes, bytes.
+const LINE: usize = 64;
 /// Chains that one frame may be spread over.
 const CHAINS_MAX: usize = 1024;
 /// Bad chains that one burst refuses; each can cost a walk over 1024 descriptors.
@@ -138,67 +143,112 @@ fn frame_len(buffers: &[IoVec<'_>]) -> usize {
 /// A frame's header with num_buffers.
 #[inline(always)]
 fn header(buffers: &[IoVec<'_>], num_buffers: u16) -> [u8; HDR_LEN] {
-    let mut header = [0; HDR_LEN];
-    gather(&buffers[..1], &mut header);
+    let mut header = match buffers.first().and_then(|header| header.take_front::<HDR_LEN>()) {
+        Some((header, _)) => header,
+        None => short_header(buffers),
+    };
     header[HDR_LEN_LEGACY..].copy_from_slice(&num_buffers.to_le_bytes());
     header
 }
 
+#[cold]
+fn short_header(buffers: &[IoVec<'_>]) -> [u8; HDR_LEN] {
+    let mut header = [0; HDR_LEN];
+    gather(&buffers[..1], &mut header);
+    header
+}
+
+/// A frame, and its buffer that was found.
+struct Found<'a> {
+    buffers: &'a [IoVec<'a>],
+    place: Place<'a>,
+    /// Bytes of header and frame.
+    len: usize,
+}
+
+/// Finds the buffers of frames, and asks for their lines, up to the first that does not fit or [`LINES_AHEAD`]. True if there
+/// may be more.
+fn find<'a>(
+    near: &mut Nearby<'a>,
+    next: &mut Zip<Iter<'_, Single>, Iter<'_, Range<usize>>>,
+    buffers: &'a [IoVec<'a>],
+    found: &mut ArrayVec<Found<'a>, BATCH>,
+    lines: &mut usize,
+) -> bool {
+    for (single, frame) in next {
+        let Some(buffers) = buffers.get(frame.clone()) else { return false };
+        let len = HDR_LEN + frame_len(buffers);
+        let Some(place) = near.place(single.gpa, single.len).filter(|place| place.len() >= len) else {
+            return false;
+        };
+        *lines += place.prefetch_write(len);
+        if found.try_push(Found { buffers, place, len }).is_err() || *lines >= LINES_AHEAD {
+            return true;
+        }
+    }
+    false
+}
+
+/// Copies frames into their buffers: all, or (if there are `MORE`) until few of the lines that were asked for are left.
+/// Returns how many.
+fn fill<const MORE: bool>(found: &[Found<'_>], lines: &mut usize) -> usize {
+    let mut done = 0;
+    for Found { buffers, place, len } in found {
+        let Some((header, frame)) = buffers.split_first() else { break };
+        // Whatever the sender wrote there, num_buffers is 1 (VIRTIO 1.3 §5.1.6.4.1).
+        match header.first_words() {
+            Some((start, end)) => place.fill(start, end & 0xffff | 1 << 16, frame),
+            None => place.fill_behind(&self::header(buffers, 1), frame),
+        }
+        done += 1;
+        if MORE {
+            *lines = lines.saturating_sub(len.div_ceil(LINE));
+            if *lines < LINES_AHEAD / 2 {
+                break;
+            }
+        }
+    }
+    done
+}
+
 impl Delivery<'_> {
     /// Delivers up to `batch` frames from `first` on that fit into one buffer of one descriptor each, up to the first that
-    /// does not.
-    /// Returns how many.
+    /// does not. Returns how many.
     #[inline]
     fn singles(&mut self, scratch: &mut Scratch, burst: &Burst<'_>, first: usize, batch: usize) -> usize {
+        // Legacy guests are few, and old.
+        if self.settings.header_len != HDR_LEN {
+            return 0;
+        }
         let frames = &burst.frames[first..];
         let room = frames.len().min(batch);
-        let header_len = self.settings.header_len;
         // An error comes up again where it is reported.
         let taken = self.ring.pop_singles(Access::Writable, &mut scratch.singles[..room]).unwrap_or(0);
-        let singles = &mut scratch.singles[..taken];
+        if taken == 0 {
+            return 0;
+        }
+        let singles = &scratch.singles[..taken];
         let mut near = Nearby::new(self.memory);
-        let mut places: ArrayVec<(Place<'_>, usize), BATCH> = ArrayVec::new();
-        let (mut lines, mut bytes, mut done) = (0, 0, 0);
-        let mut open = true;
+        let mut next = singles.iter().zip(frames);
+        let mut found = ArrayVec::new();
+        let (mut lines, mut done) = (0, 0);
         loop {
-            while open && lines < LINES_AHEAD {
-                let next = places.len();
-                let place = singles.get(next).and_then(|single| near.place(single.gpa, single.len));
-                let len =
-                    header_len + frames.get(next).map_or(0, |frame| frame_len(&burst.buffers[frame.clone()]));
-                match place.filter(|place| place.len() >= len) {
-                    Some(place) => {
-                        let asked = place.prefetch_write(len);
-                        lines += asked;
-                        places.push((place, asked));
-                    }
-                    None => open = false,
-                }
+            let more = find(&mut near, &mut next, burst.buffers, &mut found, &mut lines);
+            let waiting = &found[done..];
+            done += if more { fill::<true>(waiting, &mut lines) } else { fill::<false>(waiting, &mut lines) };
+            if !more {
+                break;
             }
-            let Some((place, asked)) = places.get(done) else { break };
-            let buffers = &burst.buffers[frames[done].clone()];
-            let header = header(buffers, 1);
-            // The usual length is known when this is compiled, and takes two moves.
-            let filled = match header_len {
-                HDR_LEN => place.fill(&header, &buffers[1..]),
-                len => place.fill(&header[..len], &buffers[1..]),
-            };
-            lines -= asked;
-            let single = &mut singles[done];
-            single.len = filled as u32;
-            if self.memory.log_on() {
-                self.memory.mark_written(single.gpa, filled as u32);
-            }
-            bytes += filled - header_len;
-            done += 1;
         }
-        if taken > 0 {
-            self.ring.push_all(singles[..done].iter().map(|single| (single.head, single.len)));
-            self.ring.unpop((taken - done) as u16);
+        let used = || singles.iter().zip(&found);
+        if self.memory.log_on() {
+            used().for_each(|(single, found)| self.memory.mark_written(single.gpa, found.len as u32));
         }
+        self.ring.push_all(used().map(|(single, found)| (single.head, found.len as u32)));
+        self.ring.unpop((taken - done) as u16);
         self.used += done as u32;
         self.packets += done as u64;
-        self.bytes += bytes as u64;
+        self.bytes += found.iter().map(|found| (found.len - HDR_LEN) as u64).sum::<u64>();
         done
     }
 
