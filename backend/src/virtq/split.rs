@@ -68,10 +68,10 @@ impl SplitQueue {
     pub fn new(mem: &GuestMemory, config: &QueueConfig) -> Result<Self, QueueError> {
         Ok(Self {
             ring: RingView::new(mem, &config.layout())?,
-            next_avail: Index::from(config.base),
-            avail_cached: Index::from(config.base),
-            next_used: Index::from(config.base),
-            published: Index::from(config.base),
+            next_avail: Index::from(config.base as u16),
+            avail_cached: Index::from(config.base as u16),
+            next_used: Index::from(config.base as u16),
+            published: Index::from(config.base as u16),
             decided: None,
             undecided: 0,
             synced: false,
@@ -276,7 +276,7 @@ impl SplitQueue {
         }
         let used = self.ring.access()?.used_idx();
         self.synced = true;
-        if used != self.config.base {
+        if used != self.config.base as u16 {
             self.resynced = true;
             let used = Index::from(used);
             (self.next_avail, self.avail_cached, self.next_used, self.published) = (used, used, used, used);
@@ -286,7 +286,7 @@ impl SplitQueue {
 }
 
 #[cold]
-fn pop_error(error: QueueError) -> PopError {
+pub(super) fn pop_error(error: QueueError) -> PopError {
     match error {
         QueueError::Missing(missing) => PopError::Missing(missing),
         other => PopError::Broken(other),

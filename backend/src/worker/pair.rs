@@ -274,7 +274,9 @@ impl Pair {
         }
         let memory = self.memory.clone();
         let Some(ring) = &mut self.half(direction).ring else { return Reply::Done };
-        match Queue::new(&memory, &QueueConfig { base: ring.queue.base(), ..config }) {
+        // The format is that of the beginning, whatever features were acknowledged since.
+        let packed = ring.queue.config().packed;
+        match Queue::new(&memory, &QueueConfig { base: ring.queue.base(), packed, ..config }) {
             Ok(queue) => {
                 ring.queue = queue;
                 ring.watch = Watch::Kick;

@@ -158,7 +158,7 @@ impl Rig {
         self.done(Command::Start { direction, config, kick: Some(kick), enabled });
     }
 
-    pub fn stop(&mut self, direction: Direction) -> u16 {
+    pub fn stop(&mut self, direction: Direction) -> u32 {
         match self.command(Command::Stop { direction }) {
             Reply::Base(base) => base,
             other => panic!("{other:?}"),
