@@ -19,26 +19,20 @@
 #![forbid(unsafe_code)]
 
 use super::chain::{Chain, PackedWalkError};
+use super::notify;
 use super::queue::{PopError, QueueConfig, QueueError};
 use super::split::pop_error;
 use crate::memory::GuestMemory;
 use crate::memory::packed_ring::{AVAIL, NEXT, PackedView, USED, WRITE, Word};
 
 use std::collections::VecDeque;
-use std::sync::atomic::{Ordering, fence};
 
-/// Flags of an event suppression structure (§2.8.14).
-const EVENT_ENABLE: u16 = 0;
-const EVENT_DISABLE: u16 = 1;
-const EVENT_DESC: u16 = 2;
-/// The other bits are reserved.
-const EVENT_MASK: u16 = 3;
 /// The wrap counter beside an index or offset.
 const WRAP: u16 = 1 << 15;
 
 /// A place in the ring: a slot, and the wrap counter that is in force there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub(crate) struct Place {
     pub(super) slot: u32,
     pub(super) wrap: bool,
 }
@@ -338,23 +332,7 @@ impl PackedQueue {
         let Ok(ring) = self.ring.access() else {
             return true;
         };
-        // The store of used descriptors must come before the load of what the guest wants: it does the two the other way
-        // round.
-        fence(Ordering::SeqCst);
-        let (off_wrap, flags) = ring.driver_event();
-        match flags & EVENT_MASK {
-            EVENT_DISABLE => false,
-            EVENT_DESC if self.config.event_idx => {
-                let size = ring.size();
-                match (Place::parse(off_wrap, size), old) {
-                    // Twice round: every event was passed.
-                    (Some(event), Some(old)) if count < 2 * size => old.until(event, size) < count,
-                    // Nobody knows what was announced before us: the first time always calls.
-                    _ => true,
-                }
-            }
-            _ => true,
-        }
+        notify::is_wanted_packed(&ring, self.config.event_idx, ring.size(), old, count)
     }
 
     /// Asks the guest not to kick, while we look at the ring anyway.
@@ -364,7 +342,7 @@ impl PackedQueue {
             return;
         }
         let Ok(ring) = self.ring.access() else { return };
-        ring.store_device_event(0, EVENT_DISABLE);
+        ring.store_device_event(0, notify::EVENT_DISABLE);
         self.kicks_enabled = Some(false);
     }
 
@@ -373,11 +351,8 @@ impl PackedQueue {
     #[inline]
     pub fn enable_kicks(&mut self) -> Result<bool, QueueError> {
         let ring = self.ring.access()?;
-        let flags = if self.config.event_idx { EVENT_DESC } else { EVENT_ENABLE };
-        ring.store_device_event(self.avail.off_wrap(), flags);
+        notify::ask_packed(&ring, self.config.event_idx, self.avail);
         self.kicks_enabled = Some(true);
-        // The guest stores the descriptor's flags, then loads the event; we the other way round.
-        fence(Ordering::SeqCst);
         self.available().map(|count| count > 0)
     }
 
