@@ -139,7 +139,7 @@ impl Datapath {
         let goes_on = self.polling.goes_on(now, packets, !self.ready.is_empty());
         if !goes_on {
             self.counters.sleeps.add(1);
-            for slot in std::mem::take(&mut self.hot) {
+            while let Some(slot) = self.hot.pop() {
                 self.cool(reactor, slot);
             }
         } else if packets == 0 {
