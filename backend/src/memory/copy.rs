@@ -131,8 +131,8 @@ pub(super) unsafe fn load_two_words(src: *const u8) -> (u64, u64) {
 /// `src` must be valid for reads of 8 bytes inside a live guest mapping.
 #[inline(always)]
 pub(super) unsafe fn load_word(src: *const u8) -> u64 {
-    // SAFETY: 8 readable bytes; Word has alignment 1.
-    u64::from_le(unsafe { read_volatile(src.cast::<Word>()) }.0)
+    // SAFETY: 8 readable bytes.
+    u64::from_le(unsafe { u64::load(src) })
 }
 
 /// Stores two little-endian halves.
