@@ -376,6 +376,14 @@ impl Port {
         }
     }
 
+    /// A job failed.
+    pub(crate) fn job_failed(&mut self, why: String, engine: &mut Engine) {
+        match self.plan.vital {
+            true => self.lose_memory(&why, engine),
+            false => self.failed(why),
+        }
+    }
+
     /// A job or command failed.
     pub(crate) fn failed(&mut self, why: String) {
         // Whatever the uplink was told, it may not have heard.
@@ -463,3 +471,7 @@ fn queue_config(index: u16, config: &RingConfig) -> QueueConfig {
 fn mac_text(mac: [u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;

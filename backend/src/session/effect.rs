@@ -125,7 +125,8 @@ pub enum Effect<F> {
     PostcopyArm,
     /// The front-end may have lost reports of missing pages: whoever waits for one is to report again.
     PostcopyWake,
-    /// All pages have arrived, or none will any more: nothing may fault after the outcome, and the userfaultfd is closed.
+    /// All pages have arrived, or none will any more: nothing may fault after the outcome, and the userfaultfd is closed. Also
+    /// when a ring has started without [`Effect::PostcopyListen`].
     PostcopyEnd,
     /// The device went back to its initial state. Running rings have been stopped one by one before, memory, log,
     /// call and error fds stay: front-ends do not send them again.

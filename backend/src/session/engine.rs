@@ -262,7 +262,13 @@ impl<F: 'static> Session<F> {
                 self.start_all();
             }
             Pending::Features(features) => self.features_set(features),
-            Pending::Start(index) => self.rings[usize::from(index)].running = true,
+            Pending::Start(index) => {
+                self.rings[usize::from(index)].running = true;
+                if let Some(step) = self.postcopy.ring_started() {
+                    // Before the next ring, or each would end it.
+                    self.todo.push_front(Todo::Postcopy(step));
+                }
+            }
             Pending::Stop(index) => {
                 let ring = &mut self.rings[usize::from(index)];
                 ring.running = false;

@@ -8,6 +8,7 @@
 mod burst;
 mod chain;
 mod lookahead;
+pub(crate) mod notify;
 mod packed;
 mod packed_burst;
 mod queue;

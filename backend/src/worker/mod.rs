@@ -11,8 +11,10 @@
 
 mod ahead;
 mod arrivals;
+pub mod counters;
 pub mod datapath;
 mod half;
+mod hot;
 pub mod pair;
 mod polling;
 #[cfg(test)]
