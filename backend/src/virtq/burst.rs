@@ -14,7 +14,7 @@ pub struct Single {
     pub gpa: u64,
     /// Bytes; never 0.
     pub len: u32,
-    /// The descriptor, by which the chain is given back.
+    /// By what the chain is given back: the descriptor, or the buffer id in a packed ring.
     pub head: u16,
 }
 
@@ -78,7 +78,7 @@ impl SplitQueue {
 /// How far before a buffer its descriptor is asked for, chains.
 const DESCRIPTORS_AHEAD: u16 = 8;
 /// A cache line, as far as prefetching goes, bytes.
-const LINE_BYTES: u64 = 64;
+pub(super) const LINE_BYTES: u64 = 64;
 /// Used elements in one.
 const USED_PER_LINE: usize = 8;
 
