@@ -1,6 +1,6 @@
 //! The picture of the table: a bar per row that has a ratio, as SVG. Pure.
 //!
-//! A bar is ours divided by DPDK, on a scale that ends a little above the largest; the line at 1 is DPDK, the mark is what
+//! Rows whose goal is another one than a ratio are not in it. A bar is ours divided by DPDK, on a scale that ends a little above the largest; the line at 1 is DPDK, the mark is what
 //! is to be reached.
 #![forbid(unsafe_code)]
 
@@ -22,7 +22,8 @@ const MISSED: &str = "#c4562f";
 
 /// The SVG; `caption` stands below it.
 pub fn svg(lines: &[Line], caption: &str) -> String {
-    let rows: Vec<_> = lines.iter().filter_map(|l| Some((l, l.ratio?))).collect();
+    let shown = |l: &&Line| l.ratio_to_reach.is_some() || l.verdict == Verdict::Informs;
+    let rows: Vec<_> = lines.iter().filter(shown).filter_map(|l| Some((l, l.ratio?))).collect();
     let largest = rows.iter().map(|(l, r)| r.median.max(l.ratio_to_reach.unwrap_or(0.0)));
     let scale_end = largest.fold(1.0, f64::max) * 1.05;
     let x = |ratio: f64| LEFT + ratio / scale_end * (RIGHT - LEFT);
