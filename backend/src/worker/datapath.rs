@@ -177,6 +177,12 @@ impl Datapath {
         }
     }
 
+    /// How many pairs are looked at in each round.
+    #[cfg(test)]
+    pub fn hot(&self) -> usize {
+        self.hot.len()
+    }
+
     /// What the pairs want to tell control, in order.
     pub fn outbox(&mut self) -> &mut Vec<ToControl> {
         &mut self.shared.outbox

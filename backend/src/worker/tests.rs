@@ -6,5 +6,6 @@ mod late;
 mod lifecycle;
 mod notify;
 mod polling;
+mod ports;
 mod rig;
 mod wake;
