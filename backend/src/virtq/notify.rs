@@ -9,11 +9,9 @@
 //! ```
 //! Each loads what the other has stored. Without the fences both loads may come before both stores: the one sleeps, the other
 //! does not notify. Processors do that (x86 too), so code that keeps the order in the source alone fails rarely, and for
-//! ever. The tests show it under loom.
+//! ever. `tests/notification_order.rs` shows it under loom: it is compiled with
+//! this file, so nothing of the crate is used here.
 #![forbid(unsafe_code)]
-
-use crate::memory::ring::RingAccess;
-use std::sync::atomic::{Ordering, fence};
 
 /// "Do not notify me": NO_NOTIFY of the used ring's flags, NO_INTERRUPT of the available ring's.
 pub(crate) const UNWANTED: u16 = 1;
@@ -30,30 +28,6 @@ pub(crate) trait Words {
     fn event(&self) -> Option<u16>;
     /// A full fence.
     fn fence(&self);
-}
-
-/// The device's side.
-impl Words for RingAccess<'_> {
-    #[inline(always)]
-    fn store_flags(&self, flags: u16) {
-        self.store_used_flags(flags);
-    }
-    #[inline(always)]
-    fn store_event(&self, event: u16) {
-        self.store_avail_event(event);
-    }
-    #[inline(always)]
-    fn flags(&self) -> u16 {
-        self.avail_flags()
-    }
-    #[inline(always)]
-    fn event(&self) -> Option<u16> {
-        self.used_event()
-    }
-    #[inline(always)]
-    fn fence(&self) {
-        fence(Ordering::SeqCst);
-    }
 }
 
 /// Asks to be notified when index `next` is passed. `already`: the flags say so. Look at the index once more after this, and
@@ -88,7 +62,3 @@ pub(crate) fn is_wanted(words: &impl Words, old: Option<u16>, new: u16, count: u
 fn event_passed(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
-
-#[cfg(test)]
-#[path = "tests/notify.rs"]
-mod tests;

@@ -2,11 +2,16 @@
 //! directions; and that it takes the fences for that.
 //!
 //! Ring words are loom's atomics here, and a notification is a token; the rest is the code of the device. Both sides run it:
-//! a driver does the same with its own words. Loops are cut short: the one that looks sleeps as soon as it may, which is
+//! a driver does the same with its own words. A program of its own, since loom's threads take SIGBUS for themselves, which
+//! tests of the library provoke. Loops are cut short: the one that looks sleeps as soon as it may, which is
 //! the dangerous case; how it comes to that is `worker::tests::dance`.
 #![forbid(unsafe_code)]
 
-use super::*;
+#[path = "../src/virtq/notify.rs"]
+mod notify;
+
+use notify::{UNWANTED, Words, ask, is_wanted};
+
 use loom::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use loom::sync::{Condvar, Mutex};
 use std::sync::Arc;
