@@ -53,10 +53,22 @@ impl Drop for Worktree {
     }
 }
 
-/// Builds, counts and compares; false if a packet costs more than it may.
-pub fn run(options: &Options) -> Result<bool> {
+/// Instructions per packet as it is now: transmit, receive.
+pub fn now() -> Result<[f64; 2]> {
+    valgrind()?;
+    let now = build(Path::new("."), &target_dir(), false)?;
+    Ok([per_packet(&now, &["tx"])?, per_packet(&now, &["rx"])?])
+}
+
+fn valgrind() -> Result<()> {
     let valgrind = Command::new("valgrind").arg("--version").output();
     ensure!(valgrind.is_ok(), "valgrind is missing; on Debian: apt-get install valgrind");
+    Ok(())
+}
+
+/// Builds, counts and compares; false if a packet costs more than it may.
+pub fn run(options: &Options) -> Result<bool> {
+    valgrind()?;
     let now = build(Path::new("."), &target_dir(), false)?;
     let tree = Worktree::of(&options.base)?;
     let place = tree.0.join(EXAMPLE);
