@@ -91,6 +91,11 @@ pub fn run(options: &Options) -> Result<bool> {
         println!("{direction:<30} {then:>8.1} {now:>8.1} {:>12.1} {known:>13.1}", now - then);
         reached &= now - then <= MOST;
     }
+    println!("packed rings                                 now");
+    for (direction, more) in [("tx", "in-order"), ("tx", ""), ("rx", "")] {
+        let args: Vec<&str> = [direction, "packed", more].into_iter().filter(|arg| !arg.is_empty()).collect();
+        println!("{:<40} {:>7.1}", args.join(" "), per_packet(&now, &args)?);
+    }
     println!("to reach: {MOST} more at most: {}", if reached { "yes" } else { "NO" });
     Ok(reached)
 }
