@@ -4,7 +4,7 @@
 //! `config.rs`; running a command is the daemon's work.
 #![forbid(unsafe_code)]
 
-use crate::config::{self, Config, ConfigError, FaultLatency, PortConfig, Problem, UplinkSpec};
+use crate::config::{self, Config, ConfigError, FaultLatency, Poll, PortConfig, Problem, UplinkSpec};
 use crate::observe::command::{Faults, Unload};
 use clap::Parser;
 use commands::Sub;
@@ -92,6 +92,10 @@ struct Options {
     /// Measure stalls on missing guest memory: auto (where that costs nothing otherwise, else during migrations), on, off
     #[arg(long, value_name = "WHEN", value_parser = str::parse::<FaultLatency>)]
     fault_latency: Option<FaultLatency>,
+
+    /// Look at rings without being told to: auto[:US] (while packets come often; without any for so many µs at most), never, always [default: auto:200]
+    #[arg(long, value_name = "WHEN", value_parser = str::parse::<Poll>)]
+    poll: Option<Poll>,
 
     /// Log level or filter; goes before RUST_LOG [default: info]
     #[arg(long, value_name = "LEVEL", value_parser = config::log_filter)]
@@ -190,6 +194,7 @@ where
             config.workers = options.workers.unwrap_or(config.workers);
             config.log = options.log.or(config.log);
             config.instance = options.instance.unwrap_or(config.instance);
+            config.poll = options.poll.unwrap_or(config.poll);
             config.fault_latency = options.fault_latency.unwrap_or(config.fault_latency);
             config
         }
@@ -278,6 +283,7 @@ fn single_port(options: Options) -> Result<Config, Problem> {
         log: options.log,
         instance: options.instance.unwrap_or_else(|| config::default_instance(&ports[0].name)),
         fault_latency: options.fault_latency.unwrap_or_default(),
+        poll: options.poll.unwrap_or_default(),
         ports,
     })
 }

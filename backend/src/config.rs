@@ -6,12 +6,14 @@
 #![forbid(unsafe_code)]
 
 mod file;
+mod poll;
 #[cfg(test)]
 mod tests;
 mod uplink_spec;
 mod xdp_spec;
 
 pub use file::{ConfigError, load, parse_text};
+pub use poll::Poll;
 pub use uplink_spec::UplinkSpec;
 pub use xdp_spec::XdpSpec;
 
@@ -68,6 +70,8 @@ pub struct Config {
     pub instance: String,
     /// Whether it measures.
     pub fault_latency: FaultLatency,
+    /// Whether workers look at rings without being told to.
+    pub poll: Poll,
     /// At least one port; names, sockets and taps are all different.
     pub ports: Vec<PortConfig>,
 }

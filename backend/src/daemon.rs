@@ -221,7 +221,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let signals = open_signals().map_err(|error| DaemonError::System("signalfd", error))?;
     let mut reactor: Reactor<Token> = Reactor::new()?;
     let mailbox: Mailbox<ToControl> = Mailbox::new(reactor.ring_fd());
-    let mut datapath = Datapath::default();
+    let mut datapath = Datapath::new(config.poll);
     let mut ports = Vec::new();
     let mut attachments = Vec::new();
     let mem_slots = mem_slots(config.ports.len());
@@ -252,7 +252,7 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     observer.handle().register_worker(0);
     let mut workers = Vec::new();
     for index in 1..config.workers {
-        workers.push(spawn(index, mailbox.postbox(), observer.handle())?);
+        workers.push(spawn(index, config.poll, mailbox.postbox(), observer.handle())?);
     }
     for attachment in attachments {
         match routes.worker_of(&workers, attachment.key) {

@@ -39,6 +39,7 @@ fn one_port_from_options() {
         log: Some("debug".into()),
         instance: "vm1".into(),
         fault_latency: FaultLatency::Auto,
+        poll: Poll::default(),
         ports: vec![port],
     };
     assert_eq!(config, expected);

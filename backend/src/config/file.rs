@@ -3,7 +3,7 @@
 //! Here: the file's shape and how its errors find their line. The rules for values are in `config.rs`.
 #![forbid(unsafe_code)]
 
-use super::{Config, FaultLatency, PortConfig, Problem, UplinkSpec};
+use super::{Config, FaultLatency, Poll, PortConfig, Problem, UplinkSpec};
 use serde::Deserialize;
 use std::fmt;
 use std::ops::Range;
@@ -48,6 +48,7 @@ struct File {
     log: Option<Spanned<String>>,
     instance: Option<Spanned<String>>,
     fault_latency: Option<Spanned<String>>,
+    poll: Option<Spanned<String>>,
     #[serde(default)]
     port: Vec<Spanned<Port>>,
 }
@@ -108,6 +109,7 @@ pub fn parse_text(text: &str, file: &Path) -> Result<Config, ConfigError> {
     let whole = |(span, problem): Placed| error(span, None, problem.to_string());
     let instance = checked(&parsed.instance, |name| super::instance(name)).map_err(whole)?;
     let fault_latency = checked(&parsed.fault_latency, |text| text.parse::<FaultLatency>()).map_err(whole)?;
+    let poll = checked(&parsed.poll, |text| text.parse::<Poll>()).map_err(whole)?;
     let mut ports = Vec::with_capacity(parsed.port.len());
     for port in &parsed.port {
         let name = port.get_ref().name.as_ref().map(|n| n.get_ref().as_str());
@@ -127,6 +129,7 @@ pub fn parse_text(text: &str, file: &Path) -> Result<Config, ConfigError> {
             super::default_instance(&file.file_stem().map(|s| s.to_string_lossy()).unwrap_or_default())
         }),
         fault_latency: fault_latency.unwrap_or_default(),
+        poll: poll.unwrap_or_default(),
         ports,
     })
 }

@@ -17,6 +17,7 @@ fn full_file() {
         log = "warn,vhost_user_net=debug"
         instance = "cloud-7"
         fault-latency = "on"
+        poll = "auto:50"
         [[port]]
         name = "web"
         socket = "/run/web.sock"
@@ -75,6 +76,7 @@ fn full_file() {
         log,
         instance: "cloud-7".into(),
         fault_latency: FaultLatency::On,
+        poll: Poll::Auto(std::time::Duration::from_micros(50)),
         ports: vec![first, second, third],
     };
     assert_eq!(config, expected);
@@ -98,6 +100,18 @@ fn summary_line_names_everything() {
         "port b: listens at /a/b.sock, uplink tap:t0,up, 2 queue pairs, mtu 9000, mac 02:00:00:00:00:0a, \
          without rarp status"
     );
+}
+
+#[test]
+fn poll_words() {
+    for text in ["never", "always", "auto:1", "auto:10000"] {
+        assert_eq!(text.parse::<Poll>().expect(text).to_string(), text);
+    }
+    assert_eq!("auto".parse(), Ok(Poll::default()));
+    for text in ["", "on", "auto:", "auto:0", "auto:10001", "auto:5us", "always:5", "Auto"] {
+        let problem = text.parse::<Poll>().expect_err(text).to_string();
+        assert!(problem.contains("auto:MICROSECONDS"), "{problem}");
+    }
 }
 
 #[test]
@@ -205,9 +219,10 @@ const ERRORS: &[(&str, &str, &str)] = &[
         "ports.toml:1: instance 'a.b' is not usable, take 1 to 64 of the characters A-Z a-z 0-9 _ - and not xdp- first"),
     ("instance of an interface", "instance = 'xdp-eth0'",
         "ports.toml:1: instance 'xdp-eth0' is not usable, take 1 to 64 of the characters A-Z a-z 0-9 _ - and not xdp- first"),
+    ("poll", "\npoll = 'auto:0'", "ports.toml:2: poll is 'auto:0', choose one of: auto, auto:MICROSECONDS (1 to 10000), never, always"),
     ("fault latency", "\nfault-latency = 'yes'", "ports.toml:2: fault-latency is 'yes', choose auto, on or off"),
     ("unknown top key", "threads = 2",
-        "ports.toml:1: unknown field `threads`, expected one of `workers`, `log`, `instance`, `fault-latency`, `port`, correct the file's syntax, keys or types"),
+        "ports.toml:1: unknown field `threads`, expected one of `workers`, `log`, `instance`, `fault-latency`, `poll`, `port`, correct the file's syntax, keys or types"),
     ("wrong type", "[[port]]\nsocket='s'\nuplink='null'\nmtu='big'",
         "ports.toml:4: invalid type: string \"big\", expected i64, correct the file's syntax, keys or types"),
     ("syntax", "[[port]]\nsocket = \n",

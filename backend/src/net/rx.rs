@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 use super::counters::PairCounters;
+use super::deliver;
 use super::features;
 use super::held::{Context, Held, finish_header};
 use super::tx::{BURST_BYTES, End};
@@ -65,6 +66,7 @@ pub struct Scratch {
     heads: Vec<(u16, u64)>,
     iovecs: IoVecStorage,
     spill: Box<[u8]>,
+    deliver: deliver::Scratch,
 }
 
 impl Default for Scratch {
@@ -75,6 +77,7 @@ impl Default for Scratch {
             heads: Vec::with_capacity(CHAINS_MAX),
             iovecs: IoVecStorage::default(),
             spill: vec![0; SPILL_BYTES].into_boxed_slice(),
+            deliver: deliver::Scratch::default(),
         }
     }
 }
@@ -117,6 +120,9 @@ impl Receiver {
         counters: &PairCounters,
         budget: u32,
     ) -> (u32, End) {
+        if let Some(moved) = self.run_bursts(ring, memory, uplink, scratch, settings, counters, budget) {
+            return moved;
+        }
         let waiting = uplink.waiting().min(budget.min(BURST_AHEAD));
         if waiting > 1 {
             ring.prefetch_burst(memory, waiting as u16);
@@ -139,6 +145,39 @@ impl Receiver {
         (context.used, end)
     }
 
+    /// The same for an uplink that has its frames in memory: they are copied, burst by burst.
+    #[allow(clippy::too_many_arguments)]
+    #[inline]
+    fn run_bursts(
+        &mut self,
+        ring: &mut Queue,
+        memory: &GuestMemory,
+        uplink: &mut dyn UplinkQueue,
+        scratch: &mut Scratch,
+        settings: RxSettings,
+        counters: &PairCounters,
+        budget: u32,
+    ) -> Option<(u32, End)> {
+        let (mut frames, mut used) = (0, 0);
+        loop {
+            let burst = uplink.frames((budget - frames) as usize)?;
+            let count = burst.frames.len();
+            if count == 0 {
+                return Some((used, End::Idle));
+            }
+            let done = deliver::run(ring, memory, &mut scratch.deliver, settings, counters, &burst);
+            uplink.consume(done.frames);
+            used += done.used;
+            frames += done.frames as u32;
+            if let Some(end) = done.end {
+                return Some((used, end));
+            }
+            if frames >= budget {
+                return Some((used, End::Budget));
+            }
+        }
+    }
+
     /// Receives one frame, or only refuses what cannot take one.
     #[inline]
     fn one(
@@ -148,7 +187,7 @@ impl Receiver {
         scratch: &mut Scratch,
     ) -> Result<(), End> {
         let capacity = self.gather(context, scratch)?;
-        let Scratch { chain, segments, heads, iovecs, spill } = scratch;
+        let Scratch { chain, segments, heads, iovecs, spill, .. } = scratch;
         let Context { ring, memory, counters, settings, .. } = context;
         if heads.is_empty() {
             return Ok(());

@@ -23,6 +23,9 @@ const WAKE: u64 = (u64::MAX - 1) << 32 | 1 << 31;
 const CANCEL: u64 = 1 << 31;
 /// Generations stay below those of the numbers above, whatever bits are set beside them.
 const GENERATION_MAX: u32 = 0x7fff_ffff;
+/// Turns without a system call after which one is made all the same, lest anything waits for one that the kernel does not
+/// announce.
+const QUIET_TURNS: u32 = 4096;
 /// How often a closing reactor looks for the completions of what it cancelled before it leaks the rest.
 const DRAIN_ROUNDS: usize = 100;
 
@@ -85,6 +88,8 @@ pub struct Reactor<T> {
     /// Entries that found the submission queue full, in order.
     backlog: VecDeque<squeue::Entry>,
     generation: u32,
+    /// Turns since the last system call.
+    quiet: u32,
     /// Operations whose cancellation came at the wrong moment.
     cancel_again: Vec<u64>,
 }
@@ -100,6 +105,7 @@ impl<T: Copy> Reactor<T> {
             ops: Slab::with_capacity(64),
             backlog: VecDeque::new(),
             generation: 0,
+            quiet: 0,
             cancel_again: Vec::new(),
         })
     }
@@ -280,8 +286,8 @@ impl<T: Copy> Reactor<T> {
     }
 
     /// Hands new operations to the kernel and collects what has ended into `out`. Sleeps until something
-    /// has ended if `wait` is set; otherwise makes a system call only if there is something to hand over or
-    /// completions wait for this thread to ask.
+    /// has ended if `wait` is set; otherwise makes a system call only if there is something to hand over,
+    /// completions wait for this thread to ask, or it has made none for long.
     ///
     /// # Errors
     /// What `io_uring_enter` says, except interruption and back-pressure.
@@ -293,7 +299,9 @@ impl<T: Copy> Reactor<T> {
         };
         let ready = !self.ring.completion().is_empty();
         let want = usize::from(wait && !ready && self.backlog.is_empty());
-        if pending > 0 || work || want > 0 {
+        self.quiet += 1;
+        if pending > 0 || work || want > 0 || self.quiet >= QUIET_TURNS {
+            self.quiet = 0;
             // SAFETY: the entries handed over are valid (see `push`); no argument is passed.
             let entered = unsafe {
                 self.ring.submitter().enter::<libc::sigset_t>(

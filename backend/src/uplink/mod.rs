@@ -205,6 +205,11 @@ pub trait UplinkQueue: Send {
     fn waiting(&mut self) -> u32 {
         0
     }
+    /// Whether a frame waits, as far as that can be seen at the price of a load or two, without a system call; what cannot be
+    /// seen turns a descriptor readable, too. `None`, always: nothing can be seen.
+    fn peek(&mut self) -> Option<bool> {
+        None
+    }
     /// The frames that wait, as many as `max`, where the uplink has them in memory: for each a virtio-net header of zeros, then
     /// the Ethernet frame. They stay until [`Self::consume`]. `None`: it has not, and each is to be received by itself.
     fn frames(&mut self, _max: usize) -> Option<Burst<'_>> {

@@ -119,6 +119,9 @@ impl UplinkQueue for NullQueue {
     fn send_burst(&mut self, burst: &Burst<'_>, outcomes: &mut Vec<Result<(), SendError>>) {
         outcomes.resize_with(burst.frames.len(), || Ok(()));
     }
+    fn peek(&mut self) -> Option<bool> {
+        Some(!self.heads.is_empty())
+    }
     fn waiting(&mut self) -> u32 {
         self.heads.len() as u32
     }

@@ -168,6 +168,13 @@ impl Queue {
         forward!(self.available())
     }
 
+    /// Whether more chains may be there than were taken: a load, for a look that is repeated often. True, too, if only a
+    /// closer look can tell.
+    #[inline]
+    pub fn may_have_more(&mut self) -> bool {
+        forward!(self.may_have_more())
+    }
+
     /// Takes the next chain. False: there is none.
     #[inline]
     pub fn pop(&mut self, mem: &GuestMemory, chain: &mut Chain) -> Result<bool, PopError> {

@@ -228,6 +228,14 @@ impl SplitQueue {
         }
     }
 
+    /// Whether a look at the ring would find chains, or find out what is wrong with it. One load; cheap enough to be asked
+    /// again and again.
+    #[inline]
+    pub fn may_have_more(&mut self) -> bool {
+        let known = self.avail_cached.get();
+        known != self.next_avail.get() || self.ring.access().map_or(true, |ring| ring.avail_idx() != known)
+    }
+
     /// Asks the guest not to kick, while we look at the ring anyway. With EVENT_IDX there is nothing to say: it kicks
     /// once more at most.
     #[inline]

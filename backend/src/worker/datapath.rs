@@ -1,16 +1,21 @@
 //! The pairs of one worker, and the round over those that have work.
 //!
 //! A pair with work stands in the ready queue once; a turn of the loop gives each a budget of packets, so that
-//! no queue starves another (DESIGN: Reactor and workers).
+//! no queue starves another (DESIGN: Reactor and workers). A pair that ran dry is *hot* for a while: it is looked at in
+//! each round, and its drivers need not kick. When it has had nothing for its bound, or the worker is going to sleep
+//! (`polling` says when), kicks are asked for again. A round costs what ready and hot pairs cost; all others cost nothing.
 #![forbid(unsafe_code)]
 
 use super::pair::Pair;
+use super::polling::Polling;
 use super::{Attachment, Command, PairKey, PairToken, Reply, ToControl};
+use crate::config::Poll;
 use crate::net::{rx, tx};
 use crate::reactor::{Done, Reactor};
 use crate::virtq::Chain;
 use slab::Slab;
 use std::collections::{HashMap, VecDeque};
+use std::time::{Duration, Instant};
 
 /// Buffers shared by all pairs of a worker, and what they want to tell control.
 #[derive(Default)]
@@ -30,16 +35,25 @@ pub struct Datapath {
     pairs: Slab<Pair>,
     slots: HashMap<PairKey, usize>,
     ready: VecDeque<usize>,
+    /// Pairs that are looked at in each round; each once.
+    hot: Vec<usize>,
+    polling: Polling,
     shared: Shared,
 }
 
-impl Default for Datapath {
-    fn default() -> Self {
-        Self { pairs: Slab::new(), slots: HashMap::new(), ready: VecDeque::new(), shared: Shared::default() }
-    }
-}
-
 impl Datapath {
+    /// Without pairs.
+    pub fn new(poll: Poll) -> Self {
+        Self {
+            pairs: Slab::new(),
+            slots: HashMap::new(),
+            ready: VecDeque::new(),
+            hot: Vec::new(),
+            polling: Polling::new(poll),
+            shared: Shared::default(),
+        }
+    }
+
     /// Takes a pair over.
     pub fn attach(&mut self, attachment: Attachment) {
         let key = attachment.key;
@@ -85,21 +99,78 @@ impl Datapath {
         }
     }
 
-    /// Gives every pair that has work one turn. Returns true if some still have work.
+    /// Gives every pair that has work one turn. Returns true if the worker is not to sleep: some still have work, or may
+    /// soon have.
     pub fn round<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>) -> bool {
+        let now = Instant::now();
+        if self.polling.asks_for_share(now) {
+            self.polling.share(now, cpu_time());
+        }
+        self.round_at(reactor, now)
+    }
+
+    /// The same, at a given time.
+    pub fn round_at<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, now: Instant) -> bool {
+        self.look(reactor, now);
+        let mut packets = 0;
         for _ in 0..self.ready.len() {
             let Some(slot) = self.ready.pop_front() else { break };
             let pair = &mut self.pairs[slot];
-            pair.turn(reactor, &mut self.shared);
+            packets += pair.turn(reactor, &mut self.shared, now);
             if pair.take_ready() {
                 self.ready.push_back(slot);
             }
+            if pair.take_hot() {
+                self.hot.push(slot);
+            }
         }
-        !self.ready.is_empty()
+        let goes_on = self.polling.goes_on(now, packets, !self.ready.is_empty());
+        if !goes_on {
+            for slot in std::mem::take(&mut self.hot) {
+                self.cool(reactor, slot);
+            }
+        } else if packets == 0 {
+            // Nothing but looks: leave the core's other thread, and the memory, some room.
+            std::hint::spin_loop();
+        }
+        goes_on || !self.ready.is_empty()
+    }
+
+    /// Looks at the hot pairs. Those that have had nothing for too long are to be kicked again.
+    fn look<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, now: Instant) {
+        let bound = self.polling.pair_bound();
+        let mut index = 0;
+        while let Some(&slot) = self.hot.get(index) {
+            let pair = &mut self.pairs[slot];
+            pair.look();
+            if pair.take_ready() {
+                self.ready.push_back(slot);
+            } else if !pair.queued && bound.is_some_and(|bound| pair.idle(now) >= bound) {
+                self.hot.swap_remove(index);
+                self.cool(reactor, slot);
+                continue;
+            }
+            index += 1;
+        }
+    }
+
+    /// A pair is not hot any more.
+    fn cool<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, slot: usize) {
+        let pair = &mut self.pairs[slot];
+        pair.cool(reactor, &mut self.shared);
+        if pair.take_ready() {
+            self.ready.push_back(slot);
+        }
     }
 
     /// What the pairs want to tell control, in order.
     pub fn outbox(&mut self) -> &mut Vec<ToControl> {
         &mut self.shared.outbox
     }
+}
+
+/// The CPU time of this thread.
+fn cpu_time() -> Duration {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID)
+        .map_or(Duration::ZERO, Duration::from)
 }

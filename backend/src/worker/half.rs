@@ -12,6 +12,17 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+/// How the next chain of a ring is noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Watch {
+    /// Something else comes first: work that is known of, memory, room at the uplink. The driver need not kick.
+    No,
+    /// Its pair is hot: we look again and again. The driver need not kick.
+    Look,
+    /// The driver has been asked to kick.
+    Kick,
+}
+
 /// A started ring and its notifications.
 pub(super) struct Ring {
     pub(super) queue: Queue,
@@ -19,8 +30,7 @@ pub(super) struct Ring {
     pub(super) kick_poll: Option<OpId>,
     /// Look at it in the next turn.
     pub(super) pending: bool,
-    /// The driver has been asked to kick.
-    pub(super) listening: bool,
+    pub(super) watch: Watch,
     /// It waits for this guest memory (postcopy).
     pub(super) parked: Option<MissingRange>,
     /// Chains may have come whose pages are missing: look at them before their turn comes (postcopy).
@@ -39,15 +49,27 @@ impl Ring {
 
     /// While we look at the ring anyway, the driver need not kick.
     pub(super) fn ignore_kicks(&mut self) {
-        if std::mem::take(&mut self.listening) {
+        if std::mem::replace(&mut self.watch, Watch::No) == Watch::Kick {
             self.queue.disable_kicks();
         }
     }
 
-    /// There is nothing to do: asks the driver to kick, and looks once more after that; a lost wake-up otherwise.
+    /// There is nothing to do: we look again and again from now on, until [`Self::await_kick`].
+    pub(super) fn await_look(&mut self) {
+        self.pending = false;
+        self.watch = Watch::Look;
+    }
+
+    /// True if that is what it waits for.
+    pub(super) fn awaits_look(&self) -> bool {
+        self.watch == Watch::Look && !self.pending && self.parked.is_none()
+    }
+
+    /// There is nothing to do, and soon nobody looks: asks the driver to kick, and looks once more after that; a lost
+    /// wake-up otherwise.
     pub(super) fn await_kick(&mut self) -> Result<(), QueueError> {
         self.pending = self.queue.enable_kicks()?;
-        self.listening = true;
+        self.watch = Watch::Kick;
         Ok(())
     }
 

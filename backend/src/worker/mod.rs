@@ -14,6 +14,7 @@ mod arrivals;
 pub mod datapath;
 mod half;
 pub mod pair;
+mod polling;
 #[cfg(test)]
 mod tests;
 pub mod thread;

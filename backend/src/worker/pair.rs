@@ -6,7 +6,7 @@
 
 use super::arrivals::{Arrivals, Next};
 use super::datapath::Shared;
-use super::half::{Half, Ring};
+use super::half::{Half, Ring, Watch};
 use super::wake::Wakes;
 use super::{Attachment, Command, Direction, Event, PairKey, PairToken, Reply, ToControl, What};
 use crate::memory::GuestMemory;
@@ -15,10 +15,10 @@ use crate::net::rx::Receiver;
 use crate::observe::trace;
 use crate::reactor::{Done, OpId, Reactor};
 use crate::uplink::UplinkQueue;
-use crate::virtq::{Queue, QueueConfig};
+use crate::virtq::{Queue, QueueConfig, QueueError};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// A queue pair.
 pub struct Pair {
@@ -35,6 +35,10 @@ pub struct Pair {
     pub(super) arrivals: Arrivals,
     /// Nobody listens to the uplink: it is looked at by the clock.
     looking: bool,
+    /// The timer of that runs.
+    look_timer: bool,
+    /// Frames at the uplink can be seen without a system call.
+    peeks: bool,
     writable_poll: bool,
     pub(super) wakes: Wakes,
     pub(super) receiver: Receiver,
@@ -43,6 +47,10 @@ pub struct Pair {
     pub(super) counters: Arc<PairCounters>,
     /// It stands in the worker's ready queue.
     pub(super) queued: bool,
+    /// It stands among the worker's hot pairs.
+    hot: bool,
+    /// When it last moved packets.
+    worked: Option<Instant>,
     uplink_down: bool,
 }
 
@@ -51,6 +59,7 @@ impl Pair {
     pub fn new(attachment: Attachment, slot: u32) -> Self {
         let Attachment { key, mut uplink, counters } = attachment;
         uplink.count_into(&counters);
+        let peeks = uplink.peek().is_some();
         Self {
             key,
             slot,
@@ -62,6 +71,8 @@ impl Pair {
             uplink_epoch: 0,
             arrivals: Arrivals::default(),
             looking: false,
+            look_timer: false,
+            peeks,
             writable_poll: false,
             wakes: Wakes::default(),
             receiver: Receiver::default(),
@@ -69,6 +80,8 @@ impl Pair {
             tx: Half::default(),
             counters,
             queued: false,
+            hot: false,
+            worked: None,
             uplink_down: false,
         }
     }
@@ -113,6 +126,59 @@ impl Pair {
         let tx = self.tx.ring.as_ref().is_some_and(Ring::runnable);
         tx || self.looks_ahead()
             || (self.rx.enabled && self.frame_waits() && self.rx.ring.as_ref().is_some_and(Ring::runnable))
+    }
+
+    fn rings(&self) -> impl Iterator<Item = &Ring> {
+        [&self.rx, &self.tx].into_iter().filter_map(|half| half.ring.as_ref())
+    }
+
+    /// True once for each time that it comes to have a ring that is to be looked at again and again.
+    pub fn take_hot(&mut self) -> bool {
+        let hot = !self.hot && self.rings().any(Ring::awaits_look);
+        self.hot |= hot;
+        hot
+    }
+
+    /// Looks, as a hot pair, whether there is something to do. Cheap if there is not: a load or two.
+    pub fn look(&mut self) {
+        for half in [&mut self.tx, &mut self.rx] {
+            if let Some(ring) = half.ring.as_mut().filter(|ring| ring.awaits_look()) {
+                ring.pending = ring.queue.may_have_more();
+            }
+        }
+        if self.peeks && !self.uplink_readable && self.watches_uplink() {
+            self.uplink_readable = self.uplink.peek().unwrap_or(false);
+        }
+    }
+
+    /// How long it has moved no packets.
+    pub fn idle(&self, now: Instant) -> Duration {
+        self.worked.map_or(Duration::MAX, |worked| now.saturating_duration_since(worked))
+    }
+
+    /// Whether waiting for the uplink's frames by looking would bring them sooner.
+    pub(super) fn pays_by_receiving(&self) -> bool {
+        self.peeks && !self.uplink.wakes_often()
+    }
+
+    pub(super) fn worked(&mut self, now: Instant) {
+        self.worked = Some(now);
+    }
+
+    /// It is not hot any more: its drivers are asked to kick.
+    pub fn cool<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, shared: &mut Shared) {
+        self.hot = false;
+        for direction in [Direction::Transmit, Direction::Receive] {
+            let Some(ring) = self.half(direction).ring.as_mut().filter(|ring| ring.awaits_look()) else {
+                continue;
+            };
+            match ring.await_kick() {
+                Ok(()) => {}
+                // It was given other memory meanwhile: its turn finds out what is missing.
+                Err(QueueError::Missing(_)) => ring.pending = true,
+                Err(error) => self.give_up(reactor, direction, error.to_string(), shared),
+            }
+        }
     }
 
     pub(super) fn frame_waits(&self) -> bool {
@@ -241,7 +307,7 @@ impl Pair {
             kick,
             kick_poll: None,
             pending: true,
-            listening: false,
+            watch: Watch::No,
             parked: None,
             look_ahead: true,
             told: Default::default(),
@@ -264,7 +330,7 @@ impl Pair {
         match Queue::new(&memory, &QueueConfig { base: ring.queue.base(), ..config }) {
             Ok(queue) => {
                 ring.queue = queue;
-                ring.listening = true;
+                ring.watch = Watch::Kick;
                 if ring.look_again() {
                     trace::resume(self.key, direction);
                 }
@@ -287,10 +353,14 @@ impl Pair {
         ring.kick_poll = ring.kick.as_ref().map(|fd| reactor.poll(fd, libc::POLLIN, token.into()));
     }
 
+    /// Whether frames are of interest.
+    fn watches_uplink(&self) -> bool {
+        self.rx.ring.is_some() && self.rx.enabled && !self.uplink_down
+    }
+
     /// Polls the uplink for frames exactly while the receive ring can take some.
     pub(super) fn watch_uplink<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>) {
-        let wanted = self.rx.ring.is_some() && self.rx.enabled && !self.uplink_down;
-        match (wanted, self.uplink_polls.is_empty()) {
+        match (self.watches_uplink(), self.uplink_polls.is_empty()) {
             (true, true) => {
                 self.uplink_epoch = self.uplink_epoch.wrapping_add(1);
                 // What came while nobody looked is stale.
@@ -302,6 +372,7 @@ impl Pair {
                 // What they still report, their cancellation first of all, means nothing.
                 self.uplink_epoch = self.uplink_epoch.wrapping_add(1);
                 self.looking = false;
+                self.look_timer = false;
                 self.uplink_readable = false;
                 self.counters.rx_dropped_stopped.add(self.uplink.discard());
                 self.wake_uplink(reactor, Direction::Receive);
@@ -321,10 +392,17 @@ impl Pair {
     }
 
     /// The uplink has no frame more: the next one wakes us, or we look for it in a moment.
-    pub(super) fn uplink_ran_dry<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>) {
+    pub(super) fn uplink_ran_dry<T: Copy + From<PairToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        now: Instant,
+    ) {
         self.uplink_readable = false;
+        if self.look_timer {
+            return; // seen before its time
+        }
         let next = match self.uplink.wakes_often() {
-            true => self.arrivals.ran_dry(Instant::now()),
+            true => self.arrivals.ran_dry(now),
             false => Next::Listen,
         };
         if let Next::Pause(pause) = next {
@@ -332,6 +410,7 @@ impl Pair {
                 self.uplink_polls.iter_mut().filter_map(Option::take).for_each(|op| reactor.cancel(op));
                 self.uplink_epoch = self.uplink_epoch.wrapping_add(1);
             }
+            self.look_timer = true;
             reactor.timer(pause, self.token(What::UplinkLook).into());
         } else {
             self.looking = false;
@@ -401,6 +480,7 @@ impl Pair {
                 }
             }
             (What::UplinkLook, _) => {
+                self.look_timer = false;
                 self.uplink_readable = true;
                 if let Some(ring) = &mut self.rx.ring {
                     ring.pending = true;

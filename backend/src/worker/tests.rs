@@ -4,5 +4,6 @@ mod faults;
 mod late;
 mod lifecycle;
 mod notify;
+mod polling;
 mod rig;
 mod wake;

@@ -4,6 +4,7 @@
 
 use super::datapath::Datapath;
 use super::{PairToken, ToControl, ToWorker};
+use crate::config::Poll;
 use crate::observe;
 use crate::reactor::{Mailbox, Postbox, Reactor, SetupError};
 use std::io;
@@ -46,6 +47,7 @@ pub enum SpawnError {
 /// See [`SpawnError`].
 pub fn spawn(
     index: u16,
+    poll: Poll,
     control: Postbox<ToControl>,
     observer: observe::Handle,
 ) -> Result<Worker, SpawnError> {
@@ -61,7 +63,7 @@ pub fn spawn(
             observer.register_worker(index);
             let mailbox = Mailbox::new(reactor.ring_fd());
             let _ = tell.send(Ok(mailbox.postbox()));
-            if let Err(error) = run(reactor, &mailbox, &control) {
+            if let Err(error) = run(reactor, poll, &mailbox, &control) {
                 tracing::error!(%error, worker = index, "worker ended");
             }
         })
@@ -72,10 +74,11 @@ pub fn spawn(
 
 fn run(
     mut reactor: Reactor<PairToken>,
+    poll: Poll,
     mailbox: &Mailbox<ToWorker>,
     control: &Postbox<ToControl>,
 ) -> io::Result<()> {
-    let mut datapath = Datapath::default();
+    let mut datapath = Datapath::new(poll);
     let mut done = Vec::new();
     let mut busy = false;
     loop {

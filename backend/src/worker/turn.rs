@@ -14,6 +14,7 @@ use crate::net::tx::{self, End, TxSettings};
 use crate::observe::trace;
 use crate::reactor::Reactor;
 use crate::virtq::Queue;
+use std::time::Instant;
 
 /// Frames after which used entries are published and the driver is notified.
 const BURST: u32 = 64;
@@ -21,12 +22,21 @@ const BURST: u32 = 64;
 const BURSTS_PER_TURN: u32 = 4;
 
 impl Pair {
-    /// Moves what there is to move, up to the turn's budget.
-    pub fn turn<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, shared: &mut Shared) {
+    /// Moves what there is to move, up to the turn's budget. Returns how many packets it is worth to wait
+    /// for: what comes from an uplink that cannot be peeked at, or is looked at by the clock when much comes, is none.
+    pub fn turn<T: Copy + From<PairToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        shared: &mut Shared,
+        now: Instant,
+    ) -> u32 {
         self.queued = false;
-        self.transmit(reactor, shared);
+        let sent = self.transmit(reactor, shared);
         self.wake_uplink(reactor, Direction::Transmit);
-        self.receive(reactor, shared);
+        let received = self.receive(reactor, shared, now);
+        if sent + received > 0 {
+            self.worked(now);
+        }
         if self.looks_ahead() {
             self.look_ahead(shared);
         }
@@ -34,9 +44,11 @@ impl Pair {
         if self.memory.poisoned() {
             self.fail_memory(reactor, shared);
         }
+        if self.pays_by_receiving() { sent + received } else { sent }
     }
 
-    fn transmit<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, shared: &mut Shared) {
+    fn transmit<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, shared: &mut Shared) -> u32 {
+        let mut moved = 0;
         let settings = TxSettings {
             features: self.features,
             header_len: features::header_len(self.features),
@@ -44,7 +56,7 @@ impl Pair {
         };
         let token = self.token(What::Call(Direction::Transmit));
         for _ in 0..BURSTS_PER_TURN {
-            let Some(ring) = self.tx.ring.as_mut().filter(|ring| ring.runnable()) else { return };
+            let Some(ring) = self.tx.ring.as_mut().filter(|ring| ring.runnable()) else { return moved };
             ring.ignore_kicks();
             let queue = &mut ring.queue;
             let (used, end) = tx::run(
@@ -56,10 +68,14 @@ impl Pair {
                 &self.counters,
                 BURST,
             );
+            moved += used;
             let call = finish_burst(queue, used, &self.counters);
             let outcome = match end {
                 End::Budget => Ok(()),
-                End::Idle if ring.kick.is_some() => ring.await_kick(),
+                End::Idle if ring.kick.is_some() => {
+                    ring.await_look();
+                    Ok(())
+                }
                 End::Parked(range) => {
                     ring.park(range);
                     self.counters.parks.add(1);
@@ -76,7 +92,7 @@ impl Pair {
                 }
                 End::MemoryFault => {
                     self.fail_memory(reactor, shared);
-                    return;
+                    return moved;
                 }
                 End::Broken(error) => Err(error),
                 End::Idle | End::NoBuffers | End::UplinkDown(_) => Ok(()),
@@ -86,25 +102,32 @@ impl Pair {
             }
             if let Err(error) = outcome {
                 self.give_up(reactor, Direction::Transmit, error.to_string(), shared);
-                return;
+                return moved;
             }
             if used < BURST && self.tx.ring.as_ref().is_none_or(|ring| ring.kick.is_none()) {
-                return; // a polled ring: the others first
+                return moved; // a polled ring: the others first
             }
         }
+        moved
     }
 
-    fn receive<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, shared: &mut Shared) {
+    fn receive<T: Copy + From<PairToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        shared: &mut Shared,
+        now: Instant,
+    ) -> u32 {
+        let mut moved = 0;
         if !self.rx.enabled {
-            return;
+            return moved;
         }
         let settings = RxSettings::new(self.features);
         let token = self.token(What::Call(Direction::Receive));
         for _ in 0..BURSTS_PER_TURN {
             if !self.frame_waits() {
-                return;
+                return moved;
             }
-            let Some(ring) = self.rx.ring.as_mut().filter(|ring| ring.runnable()) else { return };
+            let Some(ring) = self.rx.ring.as_mut().filter(|ring| ring.runnable()) else { return moved };
             ring.ignore_kicks();
             let queue = &mut ring.queue;
             let (used, end) = self.receiver.run(
@@ -117,14 +140,18 @@ impl Pair {
                 BURST,
             );
             self.arrivals.add(used);
+            moved += used;
             let call = finish_burst(queue, used, &self.counters);
             let outcome = match end {
                 End::Budget => Ok(()),
                 End::Idle => {
-                    self.uplink_ran_dry(reactor);
+                    self.uplink_ran_dry(reactor, now);
                     Ok(())
                 }
-                End::NoBuffers if ring.kick.is_some() => ring.await_kick(),
+                End::NoBuffers if ring.kick.is_some() => {
+                    ring.await_look();
+                    Ok(())
+                }
                 End::Parked(range) => {
                     ring.park(range);
                     self.counters.parks.add(1);
@@ -138,7 +165,7 @@ impl Pair {
                 }
                 End::MemoryFault => {
                     self.fail_memory(reactor, shared);
-                    return;
+                    return moved;
                 }
                 End::Broken(error) => Err(error),
                 End::NoBuffers | End::UplinkFull => Ok(()),
@@ -148,12 +175,13 @@ impl Pair {
             }
             if let Err(error) = outcome {
                 self.give_up(reactor, Direction::Receive, error.to_string(), shared);
-                return;
+                return moved;
             }
             if self.rx.ring.as_ref().is_none_or(|ring| ring.kick.is_none()) {
-                return;
+                return moved;
             }
         }
+        moved
     }
 }
 

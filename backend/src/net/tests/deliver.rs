@@ -195,7 +195,7 @@ fn a_descriptor_table_elsewhere_is_none_of_ours() {
     rig.driver.descriptor(BUFFERS + 0x8000, 1, (BUFFERS + 0x100, 400, WRITE, 0));
     rig.offer(&[(BUFFERS + 0x8000, 32, crate::virtq::tests::driver::INDIRECT)]);
     let sent = frame(12, 1, 60);
-    all(&mut rig, &[sent.clone()]);
+    all(&mut rig, std::slice::from_ref(&sent));
     let got = [rig.bytes(BUFFERS, 40), rig.bytes(BUFFERS + 0x100, 32)].concat();
     assert_eq!(got[12..], sent[12..]);
     assert_ne!(DESC, BUFFERS);

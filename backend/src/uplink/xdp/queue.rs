@@ -365,6 +365,10 @@ impl UplinkQueue for XdpQueue {
         (self.incoming.len() - self.next) as u32
     }
 
+    fn peek(&mut self) -> Option<bool> {
+        Some(self.next < self.incoming.len() || self.lanes.iter().any(|lane| lane.rx.has_more()))
+    }
+
     fn frames(&mut self, max: usize) -> Option<Burst<'_>> {
         while self.next == self.incoming.len() && (self.inbox_turn == 0 || self.inbox.is_empty()) {
             if !self.refill() {

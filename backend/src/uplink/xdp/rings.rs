@@ -170,6 +170,12 @@ impl<T: Copy> Consumer<T> {
         Ok(Self { ring, taken, seen })
     }
 
+    /// Whether there is an entry to take.
+    #[inline]
+    pub fn has_more(&self) -> bool {
+        self.seen != self.taken || self.ring.producer().load(Ordering::Relaxed) != self.seen
+    }
+
     /// Takes up to `max` entries and gives their room back.
     #[inline]
     pub fn take(&mut self, max: u32, mut each: impl FnMut(T)) -> u32 {

@@ -1,6 +1,7 @@
 //! One queue pair with all that it needs, driven turn by turn.
 #![forbid(unsafe_code)]
 
+use crate::config::Poll;
 use crate::memory::testing::guest;
 use crate::memory::{GuestMemory, ResidencyMap};
 use crate::net::counters::PairCounters;
@@ -74,13 +75,23 @@ impl Rig {
         Self::with_uplink(uplink.clone(), Box::new(uplink))
     }
 
+    /// The same, with a worker that may poll.
+    pub fn polling(poll: Poll) -> Self {
+        let uplink = FakeUplink::new();
+        Self::with(poll, uplink.clone(), Box::new(uplink))
+    }
+
     /// The same, with a real uplink in place of the scripted one.
     pub fn with_uplink(uplink: FakeUplink, queue: Box<dyn UplinkQueue>) -> Self {
+        Self::with(Poll::Never, uplink, queue)
+    }
+
+    fn with(poll: Poll, uplink: FakeUplink, queue: Box<dyn UplinkQueue>) -> Self {
         let (memory, file) = guest(MEM_SIZE);
         let rx = Driver::sharing(memory.clone(), file.try_clone().unwrap(), 0, SIZE);
         let tx = Driver::sharing(memory.clone(), file, TX_ORIGIN, SIZE);
         let counters = Arc::<PairCounters>::default();
-        let mut datapath = Datapath::default();
+        let mut datapath = Datapath::new(poll);
         datapath.attach(Attachment { key: KEY, uplink: queue, counters: counters.clone() });
         let mut rig = Self {
             reactor: Reactor::new().unwrap(),
@@ -160,6 +171,11 @@ impl Rig {
 
     /// One turn of the loop, without waiting. True if something happened.
     pub fn turn(&mut self) -> bool {
+        self.turn_at(Instant::now())
+    }
+
+    /// The same; it is so late. True also if the loop would not sleep.
+    pub fn turn_at(&mut self, now: Instant) -> bool {
         let began = Instant::now();
         let (mut done, mut mail) = (Vec::new(), false);
         self.reactor.turn(false, &mut done, &mut mail).unwrap();
@@ -167,7 +183,7 @@ impl Rig {
         for (token, done) in done {
             self.completion(token, &done);
         }
-        let busy = self.datapath.round(&mut self.reactor);
+        let busy = self.datapath.round_at(&mut self.reactor, now);
         for message in self.datapath.outbox().drain(..) {
             match message {
                 ToControl::Event(_, event) => self.events.push(event),
