@@ -13,6 +13,7 @@ mod ahead;
 mod arrivals;
 pub mod datapath;
 mod half;
+mod link;
 pub mod pair;
 mod polling;
 #[cfg(test)]
@@ -156,6 +157,8 @@ pub struct Attachment {
     pub key: PairKey,
     /// Its queue of the uplink.
     pub uplink: Box<dyn UplinkQueue>,
+    /// The pairs of the port that it is wired to, which the same worker serves; empty: none.
+    pub peers: Vec<PairKey>,
     /// Its counters.
     pub counters: Arc<PairCounters>,
 }
@@ -186,6 +189,8 @@ pub enum What {
     Kick(Direction),
     /// Poll of one of the uplink's descriptors for frames.
     UplinkReadable(u16),
+    /// The end of the time that senders wait for the receive ring (peer links).
+    LinkPatience,
     /// The time between two looks at an uplink that nobody listens to.
     UplinkLook,
     /// Poll of the uplink for room.

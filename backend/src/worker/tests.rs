@@ -3,6 +3,7 @@
 mod faults;
 mod late;
 mod lifecycle;
+mod link;
 mod notify;
 mod polling;
 mod rig;
