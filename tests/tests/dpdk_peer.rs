@@ -31,10 +31,12 @@ fn round_and_round(lab: &Lab, options_a: &str, options_b: &str, bytes: usize) ->
     let port = |name: &str, peer: &str| {
         format!("[[port]]\nname = '{name}'\nsocket = '@/{name}.sock'\nuplink = 'peer:{peer}'\n")
     };
-    let mut backend = Backend::with_config(&[port("a", "b"), port("b", "a")].concat())?;
-    ensure!(eventually(PATIENCE, || backend.socket("b").exists()), "{}", backend.log_text());
-    let mut config = TestpmdConfig::front_end(&backend.socket("a"), 1, options_a);
-    config.vdevs.push(format!("net_virtio_user1,path={},queues=1{options_b}", backend.socket("b").display()));
+    let mut backend = Backend::with_config(&[port("left", "right"), port("right", "left")].concat())?;
+    ensure!(eventually(PATIENCE, || backend.socket("right").exists()), "{}", backend.log_text());
+    let mut config = TestpmdConfig::front_end(&backend.socket("left"), 1, options_a);
+    config
+        .vdevs
+        .push(format!("net_virtio_user1,path={},queues=1{options_b}", backend.socket("right").display()));
     let mut testpmd = Testpmd::start(lab, None, &config)?;
     testpmd.command(&format!("set txpkts {bytes}"))?;
     testpmd.command("set fwd io")?;
@@ -46,8 +48,8 @@ fn round_and_round(lab: &Lab, options_a: &str, options_b: &str, bytes: usize) ->
     });
     testpmd.command("stop")?;
     let stats = [testpmd.stats(0)?, testpmd.stats(1)?];
-    ensure!(passed, "packets do not go round: {stats:?}\n{}", backend.summary("a")?);
-    for (name, (near, far)) in [("a", (stats[1], stats[0])), ("b", (stats[0], stats[1]))] {
+    ensure!(passed, "packets do not go round: {stats:?}\n{}", backend.summary("left")?);
+    for (name, (near, far)) in [("left", (stats[1], stats[0])), ("right", (stats[0], stats[1]))] {
         let counts = backend.counters(name)?;
         let count = |counter: &str| counts.get(counter).copied().unwrap_or(0);
         let lost = near.tx_packets - far.rx_packets;

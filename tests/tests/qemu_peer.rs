@@ -45,10 +45,10 @@ fn both_ways(lab: &Lab, device: &[String]) -> Result<Counts> {
     let port = |name: &str, peer: &str| {
         format!("[[port]]\nname = '{name}'\nsocket = '@/{name}.sock'\nuplink = 'peer:{peer}'\n")
     };
-    let mut backend = Backend::with_config(&[port("a", "b"), port("b", "a")].concat())?;
-    until("the back-end's sockets", PATIENCE, || Ok(backend.socket("b").exists().then_some(())))?;
-    let mut first = Qemu::boot(lab, &QemuConfig::new("first", &backend.socket("a")))?;
-    let mut config = QemuConfig::new("second", &backend.socket("b"));
+    let mut backend = Backend::with_config(&[port("left", "right"), port("right", "left")].concat())?;
+    until("the back-end's sockets", PATIENCE, || Ok(backend.socket("right").exists().then_some(())))?;
+    let mut first = Qemu::boot(lab, &QemuConfig::new("first", &backend.socket("left")))?;
+    let mut config = QemuConfig::new("second", &backend.socket("right"));
     (config.ip, config.mac, config.device) = (OTHER_IP.into(), OTHER_MAC.into(), device.to_vec());
     let mut second = Qemu::boot(lab, &config)?;
     first.run(&format!("ping -c 3 -W 10 {OTHER_IP}"))?;
@@ -56,12 +56,12 @@ fn both_ways(lab: &Lab, device: &[String]) -> Result<Counts> {
     ensure!(lost.contains(" 0% packet loss"), "{lost}");
     transfer(&mut first, &mut second, OTHER_IP)?;
     transfer(&mut second, &mut first, lab::GUEST_IP)?;
-    let [a, b] = [backend.counters("a")?, backend.counters("b")?];
+    let [a, b] = [backend.counters("left")?, backend.counters("right")?];
     let count = |counter: &str| b.get(counter).copied().unwrap_or(0);
     for cause in ["no_buffers", "too_long", "mtu", "offload"] {
-        ensure!(count(&format!("rx_dropped_{cause}")) == 0, "{}", backend.summary("b")?);
+        ensure!(count(&format!("rx_dropped_{cause}")) == 0, "{}", backend.summary("right")?);
     }
-    ensure!(a.get("tx_bad_header").is_none_or(|count| *count == 0), "{}", backend.summary("a")?);
+    ensure!(a.get("tx_bad_header").is_none_or(|count| *count == 0), "{}", backend.summary("left")?);
     first.check_alive()?;
     second.check_alive()?;
     drop((first, second));
@@ -78,7 +78,8 @@ fn transfer(from: &mut Qemu, to: &mut Qemu, to_ip: &str) -> Result<()> {
     from.run(&format!("dd if=/dev/urandom of=/tmp/sent bs=1M count={MIB} 2>/dev/null"))?;
     let sent = from.run("md5sum </tmp/sent")?;
     until("the other guest to listen", PATIENCE, || {
-        Ok(to.run("grep -c :1389 /proc/net/tcp /proc/net/tcp6 || true")?.contains(":1").then_some(()))
+        Ok(to.run("cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | grep -c :1389 || true")?.trim()
+            != "0".then_some(()))
     })?;
     from.shell.run_within(&format!("nc {to_ip} 5001 </tmp/sent"), TRANSFER)?;
     until("the other guest to have it all", TRANSFER, || {
