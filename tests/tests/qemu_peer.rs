@@ -74,12 +74,13 @@ fn both_ways(lab: &Lab, device: &[String]) -> Result<Counts> {
 
 /// One guest sends random bytes to the other over TCP; they must arrive unchanged.
 fn transfer(from: &mut Qemu, to: &mut Qemu, to_ip: &str) -> Result<()> {
-    to.run("(nc -l -p 5001 </dev/null >/tmp/got; md5sum </tmp/got >/tmp/sum) >/dev/null 2>&1 & true")?;
+    // An end of its input would make the receiver close its direction, and the sender would leave.
+    to.run("mkfifo /tmp/open; (nc -l -p 5001 <>/tmp/open >/tmp/got; md5sum </tmp/got >/tmp/sum) >/dev/null 2>&1 & true")?;
     from.run(&format!("dd if=/dev/urandom of=/tmp/sent bs=1M count={MIB} 2>/dev/null"))?;
     let sent = from.run("md5sum </tmp/sent")?;
     until("the other guest to listen", PATIENCE, || {
-        Ok(to.run("cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | grep -c :1389 || true")?.trim()
-            != "0".then_some(()))
+        let listening = to.run("cat /proc/net/tcp /proc/net/tcp6 2>/dev/null | grep -c :1389 || true")?;
+        Ok((listening.trim() != "0").then_some(()))
     })?;
     from.shell.run_within(&format!("nc {to_ip} 5001 </tmp/sent"), TRANSFER)?;
     until("the other guest to have it all", TRANSFER, || {
@@ -87,6 +88,6 @@ fn transfer(from: &mut Qemu, to: &mut Qemu, to_ip: &str) -> Result<()> {
     })?;
     let got = to.run("cat /tmp/sum")?;
     ensure!(got.trim() == sent.trim(), "sent {sent}, arrived {got}");
-    to.run("rm /tmp/got /tmp/sum")?;
+    to.run("rm /tmp/open /tmp/got /tmp/sum")?;
     from.run("rm /tmp/sent").map(drop)
 }
