@@ -141,6 +141,12 @@ fn main() {
         memory = memory.with_residency(&[Some(Arc::new(map))]);
     }
     let config = QueueConfig {
+        #[cfg(not(before_queue))]
+        packed: false,
+        #[cfg(not(before_queue))]
+        in_order: false,
+        #[cfg(not(before_queue))]
+        transmit: !receives,
         size: SIZE,
         base: 0,
         desc_user: USER + DESC,

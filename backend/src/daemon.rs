@@ -20,6 +20,7 @@ use crate::uplink::peer;
 use crate::uplink::tap::{Tap, TapError};
 use crate::uplink::xdp::{self, NicOptions, PortOptions, Rules, XdpError};
 use crate::uplink::{Uplink, UplinkQueue};
+use crate::worker::counters::WorkerCounters;
 use crate::worker::datapath::Datapath;
 use crate::worker::thread::{SpawnError, Worker, spawn};
 use crate::worker::{Attachment, PairKey, PairToken, ToControl, ToWorker};
@@ -268,7 +269,8 @@ pub fn run(mut config: Config) -> Result<(), DaemonError> {
     let signals = open_signals().map_err(|error| DaemonError::System("signalfd", error))?;
     let mut reactor: Reactor<Token> = Reactor::new()?;
     let mailbox: Mailbox<ToControl> = Mailbox::new(reactor.ring_fd());
-    let mut datapath = Datapath::new(config.poll);
+    let counters = Arc::<WorkerCounters>::default();
+    let mut datapath = Datapath::new(config.poll, counters.clone());
     let mut ports = Vec::new();
     let mut attachments = Vec::new();
     let mem_slots = mem_slots(config.ports.len());
@@ -314,9 +316,10 @@ pub fn run(mut config: Config) -> Result<(), DaemonError> {
     let mut control = Control::new(ports, helper, observer);
     control.start(&mut reactor);
     tracing::info!("listening for front-ends");
-    let crew = Crew { workers: &workers, routes: &routes };
+    let crew = Crew { workers: &workers, routes: &routes, counters: &counters };
     let served = serve(&mut reactor, &mailbox, &mut datapath, &mut control, &crew, &signals);
     control.log_counters();
+    crew.log_counters();
     for worker in &workers {
         worker.postbox.send(&mut reactor, ToWorker::Stop);
     }
@@ -371,7 +374,19 @@ impl Routes {
 /// The workers beside the first, and who serves what.
 struct Crew<'w> {
     workers: &'w [Worker],
+    /// The first one's.
+    counters: &'w WorkerCounters,
     routes: &'w Routes,
+}
+
+impl Crew<'_> {
+    /// Writes each worker's counters to the log.
+    fn log_counters(&self) {
+        let all = std::iter::once(self.counters).chain(self.workers.iter().map(|worker| &*worker.counters));
+        for (index, counters) in all.enumerate() {
+            tracing::info!("worker {index}: {counters}");
+        }
+    }
 }
 
 fn serve(
@@ -400,6 +415,7 @@ fn serve(
                     match done {
                         Done::Signal(Ok(signal)) if signal.ssi_signo == Signal::SIGUSR1 as u32 => {
                             control.log_counters();
+                            crew.log_counters();
                         }
                         Done::Signal(Ok(_)) => {
                             tracing::info!("ending");

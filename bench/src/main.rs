@@ -46,11 +46,15 @@ enum Command {
     /// The bare AF_XDP loop, until it is killed
     XdpLoop(xsk::Args),
     /// Send packets to a back-end, as many as it takes or at a rate
-    Tx(load::SendArgs),
+    Tx(load::OpenArgs),
     /// Receive what a back-end sends
-    Rx(load::ReceiveArgs),
+    Rx(load::OpenArgs),
     /// Send and receive at once
-    Both(load::SendArgs),
+    Both(load::OpenArgs),
+    /// Send what comes back: so many packets in flight through a port that echoes, or between two
+    Loop(load::LoopArgs),
+    /// How long a packet takes there and back, one in flight or at a rate
+    Latency(load::LatencyArgs),
     /// Play QEMU's part in a postcopy migration: how a back-end bears memory that has not arrived
     Postcopy(postcopy::Args),
 }
@@ -62,9 +66,11 @@ fn main() -> Result<()> {
         Command::Tap(args) => tap::run(&args),
         Command::Xdp(args) => xdp::run(&args),
         Command::XdpLoop(args) => xsk::run(&args),
-        Command::Tx(args) => load::run_sending(load::Way::Tx, &args),
-        Command::Rx(args) => load::run_receiving(&args),
-        Command::Both(args) => load::run_sending(load::Way::Both, &args),
+        Command::Tx(args) => args.run(load::Way::Tx),
+        Command::Rx(args) => args.run(load::Way::Rx),
+        Command::Both(args) => args.run(load::Way::Both),
+        Command::Loop(args) => args.run(),
+        Command::Latency(args) => args.run(),
         Command::Postcopy(args) => postcopy::run(&args),
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
 use crate::process::Process;
@@ -239,6 +239,14 @@ impl Qemu {
     /// The guest's memory in KiB, as it sees it.
     pub fn guest_memory_kib(&mut self) -> Result<u64> {
         Ok(self.run("sed -n 's/^MemTotal: *//p' /proc/meminfo | cut -d' ' -f1")?.trim().parse()?)
+    }
+
+    /// Fails unless the guest's network device has packed rings (VIRTIO_F_RING_PACKED).
+    pub fn check_packed(&mut self) -> Result<()> {
+        const BIT: usize = 34;
+        let bits = self.run("cat /sys/bus/virtio/drivers/virtio_net/virtio*/features")?;
+        ensure!(bits.trim().as_bytes().get(BIT) == Some(&b'1'), "the guest has no packed rings: {bits}");
+        Ok(())
     }
 
     /// What `query-migrate` says.

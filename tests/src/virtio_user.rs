@@ -33,6 +33,16 @@ pub struct Wiring {
     pub mtu: u16,
     /// Worker threads of the back-end (DPDK as back-end has one in any case).
     pub workers: u16,
+    /// Whether the front-end wants packed rings.
+    pub packed: bool,
+    /// Whether it wants VIRTIO_F_IN_ORDER.
+    pub in_order: bool,
+}
+
+impl Default for Wiring {
+    fn default() -> Self {
+        Self { queue_pairs: 1, mergeable: true, mtu: 1500, workers: 1, packed: false, in_order: false }
+    }
 }
 
 /// Everything running: testpmd on a back-end on a tap.
@@ -76,8 +86,10 @@ impl VirtioUser {
         let backend = Backend::start(lab, &netns, &config)?;
         // DPDK as back-end sets its own MTU.
         netns.run(|| link.set_mtu(wiring.mtu))?;
-        let options = if wiring.mergeable { "" } else { ",mrg_rxbuf=0" };
-        let mut config = TestpmdConfig::front_end(&socket, wiring.queue_pairs, options);
+        let Wiring { mergeable, packed, in_order, .. } = wiring;
+        let [mergeable, packed, in_order] = [mergeable, packed, in_order].map(u8::from);
+        let options = format!(",mrg_rxbuf={mergeable},packed_vq={packed},in_order={in_order}");
+        let mut config = TestpmdConfig::front_end(&socket, wiring.queue_pairs, &options);
         if wiring.mtu > 1500 {
             config.arguments.push(format!("--max-pkt-len={}", wiring.mtu + 18));
             config.arguments.push("--enable-scatter".into());

@@ -52,32 +52,32 @@ fn no_loss(rig: &mut VirtioUser, frames: &[Vec<u8>]) -> Result<()> {
 
 #[test]
 fn dpdk_echo_one_pair() {
-    let wiring = Wiring { queue_pairs: 1, mergeable: true, mtu: 1500, workers: 1 };
+    let wiring = Wiring::default();
     echo("dpdk_echo_one_pair", wiring, &SIZES);
 }
 
 #[test]
 fn dpdk_echo_one_pair_without_mergeable() {
-    let wiring = Wiring { queue_pairs: 1, mergeable: false, mtu: 1500, workers: 1 };
+    let wiring = Wiring { mergeable: false, ..Wiring::default() };
     echo("dpdk_echo_one_pair_without_mergeable", wiring, &SIZES);
 }
 
 #[test]
 fn dpdk_echo_four_pairs() {
-    let wiring = Wiring { queue_pairs: 4, mergeable: true, mtu: 1500, workers: 1 };
+    let wiring = Wiring { queue_pairs: 4, ..Wiring::default() };
     echo("dpdk_echo_four_pairs", wiring, &SIZES);
 }
 
 #[test]
 fn dpdk_echo_four_pairs_without_mergeable() {
-    let wiring = Wiring { queue_pairs: 4, mergeable: false, mtu: 1500, workers: 1 };
+    let wiring = Wiring { queue_pairs: 4, mergeable: false, ..Wiring::default() };
     echo("dpdk_echo_four_pairs_without_mergeable", wiring, &SIZES);
 }
 
 /// Queue pairs on threads of their own, which hear from the first by MSG_RING.
 #[test]
 fn dpdk_echo_four_pairs_on_three_workers() {
-    let wiring = Wiring { queue_pairs: 4, mergeable: true, mtu: 1500, workers: 3 };
+    let wiring = Wiring { queue_pairs: 4, workers: 3, ..Wiring::default() };
     echo("dpdk_echo_four_pairs_on_three_workers", wiring, &SIZES);
 }
 
@@ -88,8 +88,53 @@ fn dpdk_echo_jumbo_over_several_buffers() {
         eprintln!("skipped: net_tap of DPDK 22.11 moves no frame that is longer than one of its buffers");
         return;
     }
-    let wiring = Wiring { queue_pairs: 1, mergeable: true, mtu: JUMBO_MTU, workers: 1 };
+    let wiring = Wiring { mtu: JUMBO_MTU, ..Wiring::default() };
     echo("dpdk_echo_jumbo_over_several_buffers", wiring, &JUMBO_SIZES);
+}
+
+/// DPDK has a driver of its own for rings in order, which counts used entries and does not look at their ids.
+#[test]
+fn dpdk_echo_in_order() {
+    let wiring = Wiring { in_order: true, ..Wiring::default() };
+    echo("dpdk_echo_in_order", wiring, &SIZES);
+}
+
+#[test]
+fn dpdk_echo_packed() {
+    let wiring = Wiring { packed: true, ..Wiring::default() };
+    echo("dpdk_echo_packed", wiring, &SIZES);
+}
+
+#[test]
+fn dpdk_echo_packed_without_mergeable() {
+    let wiring = Wiring { packed: true, mergeable: false, ..Wiring::default() };
+    echo("dpdk_echo_packed_without_mergeable", wiring, &SIZES);
+}
+
+/// One used descriptor stands for all frames of a burst.
+#[test]
+fn dpdk_echo_packed_in_order() {
+    let wiring = Wiring { packed: true, in_order: true, ..Wiring::default() };
+    echo("dpdk_echo_packed_in_order", wiring, &SIZES);
+}
+
+#[test]
+fn dpdk_echo_packed_four_pairs_on_three_workers() {
+    let wiring = Wiring { packed: true, queue_pairs: 4, workers: 3, ..Wiring::default() };
+    echo("dpdk_echo_packed_four_pairs_on_three_workers", wiring, &SIZES);
+}
+
+/// Frames that need several of the driver's 2 KiB buffers, one descriptor each, and chains of descriptors on the way back.
+#[test]
+fn dpdk_echo_packed_jumbo_over_several_buffers() {
+    if !is_ours() {
+        eprintln!("skipped: net_tap of DPDK 22.11 moves no frame that is longer than one of its buffers");
+        return;
+    }
+    for in_order in [false, true] {
+        let wiring = Wiring { packed: true, in_order, mtu: JUMBO_MTU, ..Wiring::default() };
+        echo("dpdk_echo_packed_jumbo_over_several_buffers", wiring, &JUMBO_SIZES);
+    }
 }
 
 /// As fast as the machine can: what the tap had no room for is lost and counted there, the rest arrives whole and
@@ -97,8 +142,7 @@ fn dpdk_echo_jumbo_over_several_buffers() {
 #[test]
 fn dpdk_echo_overload() {
     scenario("dpdk_echo_overload", |lab| {
-        let mut rig =
-            VirtioUser::start(lab, Wiring { queue_pairs: 1, mergeable: true, mtu: 1500, workers: 1 })?;
+        let mut rig = VirtioUser::start(lab, Wiring::default())?;
         let before = rig.tap()?;
         let frames = frames(&SIZES);
         let echo = rig.echo(&frames, u64::from(u32::MAX))?;

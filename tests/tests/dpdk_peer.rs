@@ -27,6 +27,17 @@ fn dpdk_peer_mixed() {
     scenario("dpdk_peer_mixed", |lab| round_and_round(lab, ",mrg_rxbuf=0", ",in_order=1", 1500));
 }
 
+#[test]
+fn dpdk_peer_packed() {
+    scenario("dpdk_peer_packed", |lab| round_and_round(lab, ",packed_vq=1", ",packed_vq=1", 64));
+}
+
+#[test]
+fn dpdk_peer_packed_and_split() {
+    let mode = ",packed_vq=1,mrg_rxbuf=0,in_order=1";
+    scenario("dpdk_peer_packed_and_split", |lab| round_and_round(lab, mode, "", 1500));
+}
+
 fn round_and_round(lab: &Lab, options_a: &str, options_b: &str, bytes: usize) -> Result<()> {
     let port = |name: &str, peer: &str| {
         format!("[[port]]\nname = '{name}'\nsocket = '@/{name}.sock'\nuplink = 'peer:{peer}'\n")

@@ -11,8 +11,12 @@ const QUIET: Duration = Duration::from_millis(300);
 const PORT: u16 = 9;
 
 fn transmit(name: &str, queue_pairs: u16, mergeable: bool, workers: u16) {
+    transmit_over(name, Wiring { queue_pairs, mergeable, workers, ..Wiring::default() });
+}
+
+fn transmit_over(name: &str, wiring: Wiring) {
     scenario(name, |lab| {
-        let mut rig = VirtioUser::start(lab, Wiring { queue_pairs, mergeable, mtu: 1500, workers })?;
+        let mut rig = VirtioUser::start(lab, wiring)?;
         for bytes in [64, 1500, 333] {
             moment(&mut rig, bytes)?;
         }
@@ -64,4 +68,21 @@ fn dpdk_transmit_four_pairs_without_mergeable() {
 #[test]
 fn dpdk_transmit_four_pairs_on_three_workers() {
     transmit("dpdk_transmit_four_pairs_on_three_workers", 4, true, 3);
+}
+
+#[test]
+fn dpdk_transmit_in_order() {
+    transmit_over("dpdk_transmit_in_order", Wiring { in_order: true, ..Wiring::default() });
+}
+
+#[test]
+fn dpdk_transmit_packed() {
+    transmit_over("dpdk_transmit_packed", Wiring { packed: true, ..Wiring::default() });
+}
+
+/// One used descriptor stands for all frames of a burst.
+#[test]
+fn dpdk_transmit_packed_in_order() {
+    let wiring = Wiring { packed: true, in_order: true, ..Wiring::default() };
+    transmit_over("dpdk_transmit_packed_in_order", wiring);
 }

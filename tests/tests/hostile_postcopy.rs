@@ -9,6 +9,8 @@ use lab::rawfront::{
     Arena, Away, BAD, Backend, Front, GOOD, Late, PAGE, PATIENCE, WireError, eventually, msg, protocol,
     state, test_frame,
 };
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -305,6 +307,32 @@ fn the_process_ends_in_every_phase() -> Result<()> {
             let took = start.elapsed();
             ensure!(took < Duration::from_secs(3), "{phase:?}: the end took {took:?}");
             late.away().check_holes().with_context(|| format!("{phase:?}, copy kept: {keep}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// The connection ends and SIGTERM comes at once: memory is on its way out, and nobody but the process itself knows the holes.
+/// It sleeps until both are there, so that it learns of them in one turn of its loop; its rings are on the same thread or
+/// on another.
+#[test]
+fn the_process_ends_in_the_middle_of_a_teardown() -> Result<()> {
+    let port = |name| format!("[[port]]\nname = '{name}'\nsocket = '@/{name}.sock'\nuplink = 'null'\n");
+    for phase in [Phase::RingsMissing, Phase::BuffersMissing, Phase::Draining] {
+        // Twice, since what is under way where when it sleeps is chance.
+        for workers in [1, 2, 1, 2] {
+            let config = format!("workers = {workers}\n{}{}", port(GOOD), port(BAD));
+            let mut arena = Arena::over(Backend::with_config(&config)?)?;
+            let late = bring(&arena, phase)?;
+            let process = Pid::from_raw(arena.backend.pid() as i32);
+            kill(process, Signal::SIGSTOP)?;
+            let away = late.hang_up();
+            kill(process, Signal::SIGTERM)?;
+            kill(process, Signal::SIGCONT)?;
+            let status = arena.backend.terminate()?;
+            let here = || format!("{phase:?}, {workers} workers, {status}\n{}", arena.backend.log_text());
+            ensure!(status.success(), "{}", here());
+            away.check_holes().with_context(here)?;
         }
     }
     Ok(())

@@ -172,6 +172,36 @@ fn messages_in_the_wrong_phase() -> Result<()> {
     arena.check_all()
 }
 
+/// As QEMU does when precopy was enough; then what it never does: LISTEN all the same, and a migration on the same connection.
+#[test]
+fn rings_that_start_after_advice_without_listen() -> Result<()> {
+    let mut arena = Arena::new()?;
+    let mut late = Late::connect(&arena.bad(), Late::setup(256))?;
+    late.advise()?;
+    late.front.acknowledge_features()?;
+    late.front.share_memory()?;
+    late.front.start_rings()?;
+    late.front.prove_alive(64)?;
+    let said = |what| eventually(PATIENCE, || arena.backend.log_text().contains(what));
+    ensure!(said("postcopy: not needed"), "{}", arena.backend.log_text());
+    let code = late.front.wire.ask(msg::POSTCOPY_LISTEN, &[])?.u64()?;
+    ensure!(code != 0, "LISTEN was obeyed although rings run");
+    ensure!(late.end()? == 0);
+    late.front.prove_alive(64)?;
+    for ring in 0..2 {
+        late.stop_ring(ring)?;
+    }
+    late.front.order(msg::REM_MEM_REG, &mem_reg(late.front.memory.region()), &[])?;
+    late.front.lay_out_rings()?;
+    late.arm()?;
+    late.front.prove_alive(64)?;
+    ensure!(late.end()? == 0);
+    ensure!(said("postcopy: ended"), "{}", arena.backend.log_text());
+    late.front.prove_alive(64)?;
+    late.hang_up();
+    arena.check_all()
+}
+
 /// The table comes again in each phase, as when a guest restarts its device: nothing is touched before the new
 /// acknowledgement, and populates of the old mapping end without making pages.
 #[test]

@@ -23,9 +23,23 @@ const RARP: [u8; 2] = [0x80, 0x35];
 /// Twice in a row, while packets and the guest itself write to guest memory.
 #[test]
 fn under_load_twice_in_a_row() {
-    scenario("under_load_twice_in_a_row", |lab| {
+    under_load("under_load_twice_in_a_row", &[]);
+}
+
+/// The same with packed rings: their descriptors change with every packet, and where they are is said in another way.
+#[test]
+fn packed_under_load_twice_in_a_row() {
+    under_load("packed_under_load_twice_in_a_row", &["packed=on"]);
+}
+
+fn under_load(name: &str, device: &[&str]) {
+    scenario(name, |lab| {
         let netns = bridged(&TAPS)?;
-        let mut place = Place::start(lab, &netns, TAPS[0], |_| {})?;
+        let with = |config: &mut QemuConfig| config.device.extend(device.iter().map(ToString::to_string));
+        let mut place = Place::start(lab, &netns, TAPS[0], with)?;
+        if device.contains(&"packed=on") {
+            place.qemu.check_packed()?;
+        }
         place.qemu.run(&format!("dd if=/dev/urandom of=/tmp/filled bs=1M count={FILLED_MIB} 2>/dev/null"))?;
         let filled = place.qemu.run("md5sum </tmp/filled")?;
 
@@ -40,7 +54,10 @@ fn under_load_twice_in_a_row() {
         pinger.wait_answers(5, PATIENCE).context("before any migration")?;
 
         for tap in &TAPS[1..] {
-            let mut next = Place::start(lab, &netns, tap, |config| config.is_incoming = true)?;
+            let mut next = Place::start(lab, &netns, tap, |config| {
+                with(config);
+                config.is_incoming = true;
+            })?;
             ENDLESS.start(lab, &mut place.qemu, &mut next.qemu)?;
             pinger.wait_answers(5, PATIENCE).context("during the migration")?;
             until("the first pass over guest memory", PATIENCE, || {

@@ -108,6 +108,12 @@ fn postcopy_seven_steps_memfd() {
 }
 
 #[test]
+fn postcopy_seven_steps_packed() {
+    let packed = |_: &mut BackendConfig, qemu: &mut QemuConfig| qemu.device.push("packed=on".into());
+    scenario("postcopy_seven_steps_packed", |lab| seven_steps(lab, false, packed, packed));
+}
+
+#[test]
 fn postcopy_seven_steps_shm_file() {
     let file = |_: &mut BackendConfig, qemu: &mut QemuConfig| qemu.backing = Backing::ShmFile;
     scenario("postcopy_seven_steps_shm_file", |lab| seven_steps(lab, false, file, file));
@@ -131,10 +137,22 @@ fn postcopy_seven_steps_hugetlb() {
 /// From DPDK to ours.
 #[test]
 fn postcopy_from_dpdk() {
-    scenario("postcopy_from_dpdk", |lab| {
+    from_dpdk("postcopy_from_dpdk", &[]);
+}
+
+/// DPDK says where it stopped in half as many bits.
+#[test]
+fn postcopy_from_dpdk_packed() {
+    from_dpdk("postcopy_from_dpdk_packed", &["packed=on"]);
+}
+
+fn from_dpdk(name: &str, device: &[&str]) {
+    scenario(name, |lab| {
         // What only DPDK offers, the guest must not have chosen.
-        let common =
-            |qemu: &mut QemuConfig| qemu.device.extend(["guest_ufo=off", "host_ufo=off"].map(str::to_owned));
+        let common = |qemu: &mut QemuConfig| {
+            let all = device.iter().chain(&["guest_ufo=off", "host_ufo=off"]);
+            qemu.device.extend(all.map(ToString::to_string));
+        };
         seven_steps(
             lab,
             true,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use lab::{
     Backend, BackendConfig, Filled, GUEST_IP, Lab, Migration, NetNs, PATIENCE, Phases, Pinger, Place,
-    Postcopy, Qemu, QemuConfig, Relay, bridged, scenario, there_and_back, until,
+    Postcopy, Qemu, QemuConfig, Relay, bridged, is_ours, scenario, there_and_back, until,
 };
 use serde_json::json;
 
@@ -18,6 +18,10 @@ const FILLED_MIB: u32 = 24;
 const SLOW_LINK: u64 = 8 << 20;
 /// Bytes per second of a link that is no limit.
 const FAST_LINK: u64 = 1 << 30;
+/// Numbers of the messages POSTCOPY_ADVISE, POSTCOPY_LISTEN and POSTCOPY_END.
+const ADVISE: u32 = 28;
+const LISTEN: u32 = 29;
+const END: u32 = 30;
 
 /// The network between the hosts fails in the middle, and the migration goes on over another.
 #[test]
@@ -175,6 +179,78 @@ fn postcopy_between_two_precopies() {
         drop(guest);
         hosts.into_iter().try_for_each(|host| host.backend.stop_cleanly())
     });
+}
+
+/// Postcopy is allowed, and precopy comes to its end first. QEMU has sent ADVISE then, and sends neither LISTEN nor END: to the
+/// destination's back-end it is over when the rings start, and nothing of it is left for what comes later on the same connection.
+#[test]
+fn postcopy_allowed_and_not_needed() {
+    scenario("postcopy_allowed_and_not_needed", |lab| {
+        let netns = bridged(&TAPS[..2])?;
+        let hosts = hosts(lab, &netns, &TAPS[..2])?;
+        let mut guest = hosts[0].boot(lab)?;
+        let filled = Filled::write(&mut guest, FILLED_MIB)?;
+        let pinger = Pinger::start(&netns, GUEST_IP, PING_INTERVAL)?;
+        pinger.wait_answers(5, PATIENCE)?;
+        let mut next = hosts[1].receive(lab)?;
+        Postcopy::allow(&mut guest, &mut next)?;
+        trace_messages(&mut next)?;
+        println!("{:?}", Migration::default().run(lab, &mut guest, &mut next)?);
+        pinger.wait_answers(5, PATIENCE)?;
+        let told = messages(&next);
+        let postcopy: Vec<u32> = told.iter().copied().filter(|n| (ADVISE..=END).contains(n)).collect();
+        ensure!(postcopy == [ADVISE], "QEMU has said {told:?}");
+        over_unused(&hosts[1].backend)?;
+        drop(guest);
+        let mut guest = next;
+        filled.check(&mut guest)?;
+        // Rings stop and start again.
+        for up in [false, true] {
+            guest.qmp.execute("set_link", json!({ "name": "n0", "up": up }))?;
+        }
+        pinger.wait_answers(5, PATIENCE).context("after its link was down")?;
+        there_and_back(&netns, &mut guest, 1_000_000)?;
+        let told = messages(&guest);
+        ensure!(!told.contains(&LISTEN) && !told.contains(&END), "QEMU has said {told:?}");
+        over_unused(&hosts[1].backend)?;
+        // Later ones, from there and back to there, are postcopy.
+        for place in [0, 1] {
+            let mut next = hosts[place].receive(lab)?;
+            println!("{:?}", Postcopy::default().run(lab, &mut guest, &mut next)?);
+            guest = next;
+            pinger.wait_answers(5, PATIENCE).with_context(|| format!("on host {place}"))?;
+            filled.check(&mut guest)?;
+        }
+        there_and_back(&netns, &mut guest, 1_000_000)?;
+        ensure!(pinger.stop()?.corrupted == 0, "pings came back changed");
+        drop(guest);
+        for host in &hosts {
+            let log = host.backend.output();
+            ensure!(!log.contains("refused"), "a real QEMU was refused something: {log}");
+        }
+        hosts.into_iter().try_for_each(|host| host.backend.stop_cleanly())
+    });
+}
+
+/// The first migration to a back-end has had its advice, and was over without it.
+fn over_unused(backend: &Backend) -> Result<()> {
+    let lines = Phases::of(backend).lines;
+    let as_told = matches!(&lines[..], [first, last] if first == "advised" && last.starts_with("not needed"));
+    ensure!(as_told || !is_ours(), "the back-end's phases: {lines:?}");
+    Ok(())
+}
+
+/// Has QEMU print each message that it sends to its back-end.
+fn trace_messages(qemu: &mut Qemu) -> Result<()> {
+    let event = json!({ "name": "vhost_user_write", "enable": true });
+    qemu.qmp.execute("trace-event-set-state", event).map(drop)
+}
+
+/// The numbers of the messages that it has sent since.
+fn messages(qemu: &Qemu) -> Vec<u32> {
+    let output = qemu.output();
+    let numbers = output.lines().filter_map(|line| line.split_once("vhost_user_write req:"));
+    numbers.filter_map(|(_, rest)| rest.split(' ').next()?.parse().ok()).collect()
 }
 
 /// A back-end that stays while QEMUs come and go.

@@ -117,6 +117,16 @@ fn postcopy_four_pairs() {
 }
 
 #[test]
+fn postcopy_four_pairs_without_status() {
+    migrate("postcopy_four_pairs_without_status", 4, &[STATUS]);
+}
+
+#[test]
+fn postcopy_four_pairs_without_slots() {
+    migrate("postcopy_four_pairs_without_slots", 4, &[SLOTS]);
+}
+
+#[test]
 fn postcopy_four_pairs_without_status_and_slots() {
     migrate("postcopy_four_pairs_without_status_and_slots", 4, &[STATUS, SLOTS]);
 }

@@ -125,6 +125,16 @@ pub(super) unsafe fn load_two_words(src: *const u8) -> (u64, u64) {
     unsafe { (u64::from_le(u64::load(src)), u64::from_le(u64::load(src.add(8)))) }
 }
 
+/// One little-endian word, loaded once.
+///
+/// # Safety
+/// `src` must be valid for reads of 8 bytes inside a live guest mapping.
+#[inline(always)]
+pub(super) unsafe fn load_word(src: *const u8) -> u64 {
+    // SAFETY: 8 readable bytes.
+    u64::from_le(unsafe { u64::load(src) })
+}
+
 /// Stores two little-endian halves.
 ///
 /// # Safety

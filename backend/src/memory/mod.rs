@@ -3,13 +3,13 @@
 //! ```text
 //!   fd ──► Mapping ──┐                    ┌─ read / write    copies of a few bytes, volatile
 //!   fd ──► Mapping ──┼──► GuestMemory ────┼─ push_iovecs     buffers for the kernel
-//!   fd ──► DirtyLog ─┘    (snapshot)      └─ RingView        a queue's rings
+//!   fd ──► DirtyLog ─┘    (snapshot)      └─ RingView        a queue's rings; PackedView for packed ones
 //!                             │
 //!                      ResidencyMap: is the page here? (None = yes, one predictable branch)
 //! ```
 //!
 //! Everything handed out is a copy, an [`IoVec`] that only the kernel follows, or a bounds-checked element
-//! access of [`ring::RingView`]. A page that another process still has to supply is never touched: the caller
+//! access of [`ring::RingView`] or [`packed_ring::PackedView`]. A page that another process still has to supply is never touched: the caller
 //! gets a [`MissingRange`] and parks. What is *not* here: virtqueue logic (`virtq`), the protocol's view of the
 //! memory table (`session`), and who supplies missing pages.
 //!
@@ -25,8 +25,10 @@ pub mod layout;
 mod mapping;
 mod moves;
 mod nearby;
+pub mod packed_ring;
 mod residency;
 pub mod ring;
+mod ring_parts;
 pub mod sigbus;
 #[cfg(test)]
 pub(crate) mod testing;

@@ -13,7 +13,6 @@
 //! release, so that entries and buffers before it are. Event fields are relaxed; their users put the full fence that
 //! §2.7.7 and §2.7.10 need between a store and the load that follows.
 
-use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -22,10 +21,11 @@ use virtio_queue::desc::split::Descriptor;
 
 use super::copy;
 use super::dirty::DirtyLog;
-use super::guest::{Found, prefetch_line, prefetch_line_write};
-use super::mapping::Mapping;
-use super::residency::ResidencyMap;
+use super::guest::{prefetch_line, prefetch_line_write};
+use super::ring_parts::{Area, DESC_ALIGN};
 use super::{AccessError, GuestMemory, MissingRange};
+
+pub use super::ring_parts::{RingError, RingLayout, RingPart};
 
 /// Most entries of a split queue (VIRTIO 1.3 §2.7).
 pub const MAX_QUEUE_SIZE: u16 = 32768;
@@ -33,7 +33,6 @@ pub const MAX_QUEUE_SIZE: u16 = 32768;
 /// Bytes of a descriptor.
 pub const DESC_SIZE: u32 = 16;
 
-const DESC_ALIGN: u64 = 16;
 const AVAIL_ALIGN: u64 = 2;
 const USED_ALIGN: u64 = 4;
 
@@ -43,125 +42,14 @@ const AVAIL_ELEM: usize = 2;
 const USED_ELEM: usize = 8;
 const EVENT_SIZE: u64 = 2;
 
-/// Where a ring is, in front-end user addresses (vhost-user: Vring address description).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RingLayout {
-    /// Entries; a power of two up to [`MAX_QUEUE_SIZE`].
-    pub size: u16,
-    /// User address of the descriptor table.
-    pub desc_user: u64,
-    /// User address of the available ring.
-    pub avail_user: u64,
-    /// User address of the used ring.
-    pub used_user: u64,
-    /// Guest-physical address at which writes to the used ring are logged; None = not logged.
-    pub log_used: Option<u64>,
-    /// VIRTIO_F_EVENT_IDX: the rings end with an event field.
-    pub event_idx: bool,
-}
-
-impl RingLayout {
-    /// Lengths of descriptor table, available and used ring, bytes.
-    fn lens(&self) -> [u64; 3] {
-        let entries = u64::from(self.size);
-        let event = if self.event_idx { EVENT_SIZE } else { 0 };
-        [
-            entries * u64::from(DESC_SIZE),
-            RING as u64 + entries * AVAIL_ELEM as u64 + event,
-            RING as u64 + entries * USED_ELEM as u64 + event,
-        ]
-    }
-
-    /// Where its parts are in our address space, as far as `mem` has them: numbers, for those who observe the process.
-    pub fn host_ranges(self, mem: &GuestMemory) -> impl Iterator<Item = Range<u64>> {
-        let parts = [self.desc_user, self.avail_user, self.used_user];
-        parts.into_iter().zip(self.lens()).filter_map(|(user, len)| {
-            let found = mem.find_user(user, len)?;
-            let start = found.mapping.host_addr() + found.offset;
-            Some(start..start + len)
-        })
-    }
-}
-
-/// Which part of a ring an error is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RingPart {
-    /// Descriptor table.
-    Descriptors,
-    /// Available ring.
-    Available,
-    /// Used ring.
-    Used,
-}
-
-/// Why a ring cannot be used where it is said to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum RingError {
-    /// Not a power of two, zero, or above [`MAX_QUEUE_SIZE`].
-    #[error("queue size {0} is not a power of two from 1 to 32768")]
-    Size(u16),
-    /// Not wholly within one region of guest memory.
-    #[error("{part:?} at user address {user:#x}, {len} bytes, are not in one region of guest memory")]
-    Unmapped {
-        /// Which part.
-        part: RingPart,
-        /// Its user address.
-        user: u64,
-        /// Its length, bytes.
-        len: u64,
-    },
-    /// Not aligned as VIRTIO 1.3 §2.7 demands (16, 2, 4 bytes).
-    #[error("{part:?} at user address {user:#x} are misaligned")]
-    Misaligned {
-        /// Which part.
-        part: RingPart,
-        /// Its user address.
-        user: u64,
-    },
-}
-
-/// One part of the ring in our address space; keeps its mapping alive.
-#[derive(Debug)]
-struct Area {
-    host: NonNull<u8>,
-    len: u64,
-    /// Guest-physical address.
-    gpa: u64,
-    offset: u64,
-    residency: Option<Arc<ResidencyMap>>,
-    _mapping: Arc<Mapping>,
-}
-
-impl Area {
-    fn new(mem: &GuestMemory, part: RingPart, user: u64, len: u64, align: u64) -> Result<Self, RingError> {
-        let Found { mapping, residency, offset } =
-            mem.find_user(user, len).ok_or(RingError::Unmapped { part, user, len })?;
-        // SAFETY: `offset < size` of the mapping.
-        let host = unsafe { mapping.host().add(offset as usize) };
-        // The guest's alignment is that of user addresses; ours is what the accesses below rely on.
-        if !user.is_multiple_of(align) || !(host.as_ptr() as u64).is_multiple_of(align) {
-            return Err(RingError::Misaligned { part, user });
-        }
-        Ok(Self {
-            host,
-            len,
-            gpa: mapping.spec().guest_phys + offset,
-            offset,
-            residency: residency.cloned(),
-            _mapping: mapping.clone(),
-        })
-    }
-
-    fn missing(&self) -> Option<MissingRange> {
-        self.missing_from(self.offset)
-    }
-
-    /// The first run of missing pages at or behind `offset` into the region.
-    fn missing_from(&self, offset: u64) -> Option<MissingRange> {
-        let gap = self.residency.as_ref()?.first_missing(offset..self.offset + self.len)?;
-        // Both are offsets into the region, and `gap` may begin before the area.
-        Some(MissingRange { gpa: self.gpa - self.offset + gap.start, len: gap.end - gap.start })
-    }
+/// Lengths of descriptor table, available and used ring, bytes.
+pub(super) fn lens(entries: u64, event_idx: bool) -> [u64; 3] {
+    let event = if event_idx { EVENT_SIZE } else { 0 };
+    [
+        entries * u64::from(DESC_SIZE),
+        RING as u64 + entries * AVAIL_ELEM as u64 + event,
+        RING as u64 + entries * USED_ELEM as u64 + event,
+    ]
 }
 
 /// A ring's memory. Reads nothing until [`RingView::access`] found all of it present.
@@ -205,7 +93,7 @@ impl RingView {
             avail: areas[1].host,
             used: areas[2].host,
             mask: size - 1,
-            resident: areas.iter().all(|area| area.residency.is_none()),
+            resident: areas.iter().all(Area::always_resident),
             event_idx: layout.event_idx,
             log: None,
             dirty: mem.log().cloned(),
@@ -250,14 +138,7 @@ impl RingView {
 
     /// Calls `visit` for each run of missing pages under the ring.
     pub fn for_each_missing(&self, mut visit: impl FnMut(MissingRange)) {
-        for area in &self.areas {
-            let region = area.gpa - area.offset;
-            let mut offset = area.offset;
-            while let Some(missing) = area.missing_from(offset) {
-                visit(missing);
-                offset = missing.gpa - region + missing.len;
-            }
-        }
+        self.areas.iter().for_each(|area| area.for_each_missing(&mut visit));
     }
 
     /// Entries.
@@ -310,6 +191,19 @@ impl<'a> RingAccess<'a> {
         }
         // SAFETY: `index < size`, and the table has `size` descriptors of 16 bytes.
         Some(unsafe { load_descriptor(self.view.desc.add(usize::from(index) * DESC_SIZE as usize)) })
+    }
+
+    /// The descriptor `index` as it lies there: its address; its length, flags (from bit 32 on) and next (from bit 48 on). None
+    /// outside the table.
+    #[inline(always)]
+    pub fn descriptor_words(self, index: u16) -> Option<(u64, u64)> {
+        if index > self.view.mask {
+            return None;
+        }
+        // SAFETY: as in `descriptor`.
+        Some(unsafe {
+            copy::load_two_words(self.view.desc.add(usize::from(index) * DESC_SIZE as usize).as_ptr())
+        })
     }
 
     /// Asks the CPU for the line of descriptor `index`, as a hint.

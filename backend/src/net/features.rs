@@ -56,6 +56,10 @@ pub fn offered(uplink: &Capabilities, queue_pairs: u16) -> u64 {
         | bit(vr::VIRTIO_RING_F_INDIRECT_DESC)
         | bit(vr::VIRTIO_RING_F_EVENT_IDX)
         | bit(vc::VIRTIO_F_VERSION_1)
+        // QEMU asks for these two with packed=on and in_order=on only. A guest that has them can migrate to where they are
+        // offered, and nowhere else.
+        | bit(vc::VIRTIO_F_RING_PACKED)
+        | bit(vc::VIRTIO_F_IN_ORDER)
         | F_ANY_LAYOUT
         | F_LOG_ALL
         | F_PROTOCOL_FEATURES;
@@ -99,7 +103,7 @@ mod tests {
         let all = offered(&Capabilities { offloads: u64::MAX, mtu: 1500 }, 4);
         assert_eq!(all & OFFLOADS, OFFLOADS);
         assert!(has(all, vn::VIRTIO_NET_F_MQ));
-        assert!(!has(all, vr::VIRTIO_RING_F_EVENT_IDX + 5), "packed rings have an issue of their own");
+        assert!(has(none, vc::VIRTIO_F_RING_PACKED) && has(none, vc::VIRTIO_F_IN_ORDER));
     }
 
     /// VIRTIO 1.3 §5.1.6.1

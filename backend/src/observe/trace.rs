@@ -57,13 +57,13 @@ fn number(direction: Direction) -> u32 {
 
 /// A ring runs.
 #[inline(never)]
-pub fn ring_start(key: PairKey, direction: Direction, base: u16) {
+pub fn ring_start(key: PairKey, direction: Direction, base: u32) {
     probe!(vhost_user_net, ring_start, key.port, key.pair, number(direction), base);
 }
 
 /// A ring has stopped.
 #[inline(never)]
-pub fn ring_stop(key: PairKey, direction: Direction, base: u16) {
+pub fn ring_stop(key: PairKey, direction: Direction, base: u32) {
     probe!(vhost_user_net, ring_stop, key.port, key.pair, number(direction), base);
 }
 

@@ -407,8 +407,7 @@ impl Control {
                 JobDone::Scanned(..) => {}
                 JobDone::LogMapped(result) => port.log_mapped(result),
                 JobDone::Aside(Err(why)) => port.warn(&why),
-                JobDone::Ended(Err(why)) if port.plan.vital => port.lose_memory(&why, &mut self.engine),
-                JobDone::Ended(Err(why)) => port.failed(why),
+                JobDone::Ended(Err(why)) => port.job_failed(why, &mut self.engine),
                 JobDone::Aside(Ok(())) | JobDone::Ended(Ok(())) => {}
             }
             self.drive(reactor, id);

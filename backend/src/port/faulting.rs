@@ -4,7 +4,7 @@
 
 use super::control::Control;
 use super::helper::Job;
-use super::postcopy::Waiting;
+use super::postcopy::{PageFailed, Waiting};
 use super::token::{ControlToken, PortOp};
 use crate::memory::MissingRange;
 use crate::postcopy::engine::{Completed, RegionId};
@@ -140,22 +140,14 @@ impl Control {
         id: usize,
         error: &io::Error,
     ) {
-        let port = &mut self.ports[id];
-        port.postcopy.pages_failed += 1;
-        // Whoever touched it would get SIGBUS: it lies behind the end of the file, or is broken. It will not come.
-        if matches!(error.raw_os_error(), Some(libc::EFAULT | libc::EHWPOISON)) {
-            return self.lost_memory(reactor, id);
-        }
-        if port.postcopy.draining.is_some() {
-            // END waits for that page, and without it the ring would find zeros.
-            port.warn(&format_args!("a page cannot be had at the end of postcopy: {error}"));
-            port.drain_failed(&mut self.engine);
-            return self.drive(reactor, id);
-        }
-        port.warn(&format_args!("a page cannot be had and is asked for again: {error}"));
-        if !std::mem::replace(&mut port.postcopy.looks_again, true) {
-            let token = self.token(id, PortOp::LookAgain);
-            reactor.timer(FAILED_PAUSE, token.into());
+        match self.ports[id].page_failed(error, &mut self.engine) {
+            PageFailed::MemoryLost => self.lost_memory(reactor, id),
+            PageFailed::EndFailed => self.drive(reactor, id),
+            PageFailed::LookAgain { is_due: true } => {}
+            PageFailed::LookAgain { is_due: false } => {
+                let token = self.token(id, PortOp::LookAgain);
+                reactor.timer(FAILED_PAUSE, token.into());
+            }
         }
     }
 

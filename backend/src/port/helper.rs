@@ -15,7 +15,7 @@ use std::any::Any;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
@@ -34,8 +34,9 @@ pub enum Job {
     Unregister(Arc<Userfaultfd>, Vec<Arc<Mapping>>),
     /// Nobody uses these any more, but populates may wait for their pages: end those without making pages.
     GiveUp(Option<Arc<Userfaultfd>>, Vec<Arc<Mapping>>),
-    /// Wake whoever waits for pages of these regions; those that have come are enough. No answer.
-    Wake(Arc<Userfaultfd>, Vec<Arc<Mapping>>),
+    /// Wake whoever waits for pages of these regions; those that have come are enough. No answer. One that waits for its turn
+    /// does for all that come meanwhile.
+    Wake(Arc<Userfaultfd>, Vec<Arc<Mapping>>, WakeQueued),
     /// Map a dirty log.
     MapLog {
         /// Its file.
@@ -62,6 +63,28 @@ pub enum Job {
     LeaveSteering(Arc<dyn Uplink>, u16),
     /// Put queues into the uplink's steering or take them out.
     Queues(Arc<dyn Uplink>, Vec<(u16, bool)>),
+}
+
+/// A port's [`Job::Wake`] waits for its turn. A front-end may cause as many as it likes, but one is in the queue at a time:
+/// regions are mapped and registered by jobs, so none has come that it does not know.
+#[derive(Clone, Default)]
+pub struct WakeQueued(Arc<AtomicBool>);
+
+impl WakeQueued {
+    /// Whether one waits.
+    pub fn get(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// One is to wait from now on; false: one does already.
+    fn set(&self) -> bool {
+        !self.0.swap(true, Ordering::AcqRel)
+    }
+
+    /// It has its turn. Before the first page is looked at: whoever comes now needs another.
+    fn clear(&self) {
+        self.0.store(false, Ordering::Release);
+    }
 }
 
 /// What became of a [`Job`].
@@ -133,6 +156,7 @@ impl Helper {
     /// Gives the thread a job of a port.
     pub fn submit(&self, port: u16, job: Job) {
         let sent = match job {
+            Job::Wake(_, _, queued) if !queued.set() => return,
             Job::Release(memory) => self.releases.as_ref().is_some_and(|thread| thread.send(memory).is_ok()),
             Job::Scan(regions) => {
                 self.scans.as_ref().is_some_and(|thread| thread.send((port, regions)).is_ok())
@@ -160,20 +184,6 @@ impl Drop for Helper {
                 tracing::error!("a control helper thread has panicked");
             }
         }
-    }
-}
-
-/// Pages of 1 GiB: a link of 10 Gbit/s needs a second for each.
-const HUGE_PAGE: u64 = 1 << 30;
-
-fn warn_of_huge_pages(mapping: &Mapping) {
-    if mapping.page_size() >= HUGE_PAGE {
-        tracing::warn!(
-            "guest memory at {:#x} has pages of {} MiB: in postcopy each missing one stalls a ring for as long as the \
-             migration's link needs to carry it",
-            mapping.spec().guest_phys,
-            mapping.page_size() >> 20
-        );
     }
 }
 
@@ -219,7 +229,6 @@ fn perform(job: Job) -> Option<JobDone> {
                     };
                     let mapping = Mapping::new(fd, &spec).map_err(|error| at(&error))?;
                     if let Some(uffd) = &uffd {
-                        warn_of_huge_pages(&mapping);
                         uffd.register(&mapping).map_err(|error| at(&error))?;
                     }
                     Ok(Arc::new(mapping))
@@ -232,10 +241,7 @@ fn perform(job: Job) -> Option<JobDone> {
         Job::Register(uffd, mappings) => JobDone::Ended(
             mappings
                 .iter()
-                .try_for_each(|mapping| {
-                    warn_of_huge_pages(mapping);
-                    uffd.register(mapping)
-                })
+                .try_for_each(|mapping| uffd.register(mapping))
                 .map_err(|error| format!("postcopy: {error}")),
         ),
         // Normally on its own thread.
@@ -254,7 +260,8 @@ fn perform(job: Job) -> Option<JobDone> {
             }
             JobDone::Aside(done)
         }
-        Job::Wake(uffd, mappings) => {
+        Job::Wake(uffd, mappings, queued) => {
+            queued.clear();
             for mapping in mappings {
                 if let Err(error) = uffd.wake(&mapping) {
                     tracing::debug!(%error, "waking");
@@ -296,4 +303,69 @@ fn perform(job: Job) -> Option<JobDone> {
                 .map_err(|error| format!("{}: queue {queue}: {error}", uplink.describe()))
         })),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::uplink::Capabilities;
+    use crate::uplink::testing::skip;
+    use std::sync::Mutex;
+
+    /// Holds the thread up while it is configured.
+    struct Slow(Mutex<Receiver<()>>);
+
+    impl Uplink for Slow {
+        fn describe(&self) -> &str {
+            "slow"
+        }
+        fn capabilities(&self) -> Capabilities {
+            unimplemented!("not asked for")
+        }
+        fn configure(&self, _: FrameFormat) -> io::Result<()> {
+            unimplemented!("not asked for")
+        }
+        fn set_mtu(&self, _: u16) -> io::Result<()> {
+            self.0.lock().unwrap().recv().map_err(io::Error::other)
+        }
+        fn set_queue_active(&self, _: u16, _: bool) -> io::Result<()> {
+            unimplemented!("not asked for")
+        }
+        fn announce(&self, _: &[u8]) -> io::Result<()> {
+            unimplemented!("not asked for")
+        }
+    }
+
+    #[test]
+    fn one_wake_of_a_port_waits_at_a_time() {
+        let uffd = match Userfaultfd::new() {
+            Ok(uffd) => Arc::new(uffd),
+            Err(error) => return skip("one_wake_of_a_port_waits_at_a_time", &error.to_string()),
+        };
+        let helper = Helper::start().unwrap();
+        let (go_on, slow) = channel();
+        let slow = Arc::new(Slow(Mutex::new(slow)));
+        let [first, second] = [WakeQueued::default(), WakeQueued::default()];
+        let wake = |port, queued: &WakeQueued| {
+            helper.submit(port, Job::Wake(uffd.clone(), Vec::new(), queued.clone()));
+        };
+        for _ in 0..3 {
+            helper.submit(0, Job::SetMtu(slow.clone(), 1500));
+            for _ in 0..1000 {
+                wake(0, &first);
+            }
+            assert_eq!((Arc::strong_count(&uffd), first.get(), second.get()), (2, true, false));
+            // Another port's is one of its own.
+            wake(1, &second);
+            wake(1, &second);
+            assert_eq!((Arc::strong_count(&uffd), second.get()), (3, true));
+            go_on.send(()).unwrap();
+            let began = Instant::now();
+            while Arc::strong_count(&uffd) > 1 {
+                assert!(began.elapsed() < Duration::from_secs(20), "they wait for ever");
+                std::thread::yield_now();
+            }
+            assert!(!first.get() && !second.get(), "the next one would not be taken");
+        }
+    }
 }

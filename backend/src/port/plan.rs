@@ -18,7 +18,7 @@ use std::any::Any;
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use virtio_bindings::virtio_ring as vr;
+use virtio_bindings::{virtio_config as vc, virtio_ring as vr};
 
 /// One step of a plan.
 pub(crate) enum Step {
@@ -142,7 +142,7 @@ impl Port {
             Effect::SetFeatures { features, log_all } => self.set_features(features, log_all),
             Effect::StartRing { index, config, kick } => self.start_ring(index, config, kick)?,
             Effect::UpdateRing { index, config } => {
-                let (direction, config) = (Direction::of_ring(index), queue_config(&config));
+                let (direction, config) = (Direction::of_ring(index), queue_config(index, &config));
                 self.place_ring(index, Some(config));
                 self.tell_pair(index, Command::Update { direction, config });
             }
@@ -302,7 +302,7 @@ impl Port {
         let (direction, enabled) = (Direction::of_ring(index), config.enabled);
         self.steer(index, enabled);
         self.plan.starting = Some(index);
-        let config = queue_config(&config);
+        let config = queue_config(index, &config);
         self.place_ring(index, Some(config));
         self.tell_pair(index, Command::Start { direction, config, kick, enabled });
         Ok(())
@@ -376,6 +376,14 @@ impl Port {
         }
     }
 
+    /// A job failed.
+    pub(crate) fn job_failed(&mut self, why: String, engine: &mut Engine) {
+        match self.plan.vital {
+            true => self.lose_memory(&why, engine),
+            false => self.failed(why),
+        }
+    }
+
     /// A job or command failed.
     pub(crate) fn failed(&mut self, why: String) {
         // Whatever the uplink was told, it may not have heard.
@@ -392,7 +400,7 @@ impl Port {
     }
 
     /// A ring has stopped. (If memory was lost, that is the outcome, whatever stops because of it.)
-    pub(crate) fn stopped(&mut self, base: u16) {
+    pub(crate) fn stopped(&mut self, base: u32) {
         self.plan.outcome.get_or_insert(Outcome::Base(base));
         if let Some(index) = self.plan.stopping {
             self.unpark(index / 2, Direction::of_ring(index));
@@ -443,8 +451,10 @@ fn checked(fd: Option<PeerFd>) -> Result<Option<Arc<OwnedFd>>, String> {
     fd.map(|fd| fds::eventfd(fd).map(Arc::new)).transpose()
 }
 
-fn queue_config(config: &RingConfig) -> QueueConfig {
+fn queue_config(index: u16, config: &RingConfig) -> QueueConfig {
+    let transmit = Direction::of_ring(index) == Direction::Transmit;
     QueueConfig {
+        packed: features::has(config.features, vc::VIRTIO_F_RING_PACKED),
         size: config.size,
         base: config.base,
         desc_user: config.desc_user,
@@ -453,9 +463,15 @@ fn queue_config(config: &RingConfig) -> QueueConfig {
         log_used: config.log_used,
         event_idx: features::has(config.features, vr::VIRTIO_RING_F_EVENT_IDX),
         indirect: features::has(config.features, vr::VIRTIO_RING_F_INDIRECT_DESC),
+        in_order: features::has(config.features, vc::VIRTIO_F_IN_ORDER),
+        transmit,
     }
 }
 
 fn mac_text(mac: [u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;

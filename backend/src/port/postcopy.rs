@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 use super::Port;
-use super::helper::Job;
+use super::helper::{Job, WakeQueued};
 use super::plan::{Purpose, Step, release};
 use crate::memory::{GuestMemory, Mapping, MissingRange, ResidencyMap};
 use crate::observe::{Armed, trace};
@@ -14,9 +14,13 @@ use crate::postcopy::uffd::Userfaultfd;
 use crate::session::Outcome;
 use crate::worker::{Command, Direction};
 use std::collections::HashMap;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+
+/// Pages so large, bytes, make stalls of seconds.
+const HUGE_PAGE: u64 = 1 << 30;
 
 /// A region whose pages are awaited.
 #[derive(Clone)]
@@ -38,6 +42,20 @@ pub(crate) struct Waiting {
     pub(crate) since: Instant,
     /// It is parked: nothing moves before that has come. Otherwise it only cannot be looked at in advance.
     pub(crate) parked: bool,
+}
+
+/// What follows from a page that cannot be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PageFailed {
+    /// It never will: the port is to be reset.
+    MemoryLost,
+    /// END waited for it: memory is given up, and the plan goes on with that.
+    EndFailed,
+    /// It is asked for again when rings look again, for which a timer may be due already.
+    LookAgain {
+        /// It is.
+        is_due: bool,
+    },
 }
 
 /// See [`Postcopy::keep`].
@@ -62,7 +80,10 @@ pub(crate) struct Postcopy {
     pub(crate) scanning: bool,
     /// How long the last one took, all pieces together.
     pub(crate) scan_took: Duration,
+    wake_queued: WakeQueued,
     advised: Option<Instant>,
+    /// LISTEN has come.
+    listened: bool,
     /// Stalls are measured. Whoever may still sleep in a fault has a share, see [`Postcopy::keep`].
     observed: Option<Arc<Armed>>,
     pub(crate) pages_asked: u64,
@@ -100,6 +121,7 @@ impl Port {
     /// comes: what its holes will hold nobody has said yet.
     pub(crate) fn postcopy_listen(&mut self, engine: &mut Engine) {
         trace::phase(self.id, trace::Phase::Listening);
+        self.postcopy.listened = true;
         self.note(&format_args!("postcopy: listening, {}", self.postcopy.age()));
         let Some(uffd) = self.postcopy.uffd.clone().filter(|_| !self.memory.mappings().is_empty()) else {
             return;
@@ -140,8 +162,11 @@ impl Port {
         }
     }
 
+    /// None: nobody can wait, or one is due already.
     fn wake_all(&self) -> Option<Job> {
-        Some(Job::Wake(self.postcopy.uffd.clone()?, self.awaited_mappings()))
+        let Postcopy { uffd, wake_queued, .. } = &self.postcopy;
+        let uffd = uffd.clone().filter(|_| !wake_queued.get())?;
+        Some(Job::Wake(uffd, self.awaited_mappings(), wake_queued.clone()))
     }
 
     /// POSTCOPY_END: nothing may be under way when the ranges are unregistered, or it would make pages of zeros. So nothing
@@ -173,11 +198,15 @@ impl Port {
         for region in &self.postcopy.regions {
             engine.remove(region.id);
         }
-        let Postcopy { pages_asked, .. } = self.postcopy;
+        let Postcopy { pages_asked, listened, .. } = self.postcopy;
         let age = self.postcopy.age();
         let parks = self.counts().parks;
         trace::phase(self.id, trace::Phase::Ended);
-        self.note(&format_args!("postcopy: ended, {age}; {pages_asked} pages asked for, {parks} parks"));
+        match listened {
+            true => self
+                .note(&format_args!("postcopy: ended, {age}; {pages_asked} pages asked for, {parks} parks")),
+            false => self.note(&format_args!("postcopy: not needed, {age}")),
+        }
         let keep = self.postcopy.keep();
         let Postcopy { regions, .. } = std::mem::take(&mut self.postcopy);
         self.memory = self.memory.with_residency(&[]);
@@ -204,6 +233,23 @@ impl Port {
     pub(crate) fn drain_failed(&mut self, engine: &mut Engine) {
         let missing = engine.in_flight(self.id) + engine.queued(self.id);
         self.lose_memory(&format!("{missing} pages that rings wait for have not arrived"), engine);
+    }
+
+    /// A page that was asked for cannot be had.
+    pub(crate) fn page_failed(&mut self, error: &io::Error, engine: &mut Engine) -> PageFailed {
+        self.postcopy.pages_failed += 1;
+        // Whoever touched it would get SIGBUS: it lies behind the end of the file, or is broken. It will not come.
+        if matches!(error.raw_os_error(), Some(libc::EFAULT | libc::EHWPOISON)) {
+            return PageFailed::MemoryLost;
+        }
+        if self.postcopy.draining.is_some() {
+            // END waits for that page, and without it the ring would find zeros.
+            self.warn(&format_args!("a page cannot be had at the end of postcopy: {error}"));
+            self.drain_failed(engine);
+            return PageFailed::EndFailed;
+        }
+        self.warn(&format_args!("a page cannot be had and is asked for again: {error}"));
+        PageFailed::LookAgain { is_due: std::mem::replace(&mut self.postcopy.looks_again, true) }
     }
 
     /// Guest memory cannot be used any more, and its holes must stay holes: rings stop, it goes.
@@ -258,6 +304,9 @@ impl Port {
                     return Some(known.present.clone());
                 }
                 let (size, page_size) = (mapping.spec().size, mapping.page_size());
+                if page_size >= HUGE_PAGE {
+                    self.caution(&stall_to_expect(mapping.spec().guest_phys, page_size));
+                }
                 let present = Arc::new(ResidencyMap::new(size, page_size));
                 let id = engine.add(self.id, mapping.host_addr(), size, page_size, present.clone());
                 let region = Awaited {
@@ -319,5 +368,29 @@ impl Postcopy {
     fn age(&self) -> String {
         let age = self.advised.map_or(0.0, |advised| advised.elapsed().as_secs_f64());
         format!("{age:.3} s after advice")
+    }
+}
+
+/// What pages so large cost, in words.
+fn stall_to_expect(guest_phys: u64, page_size: u64) -> String {
+    let seconds = |gbits: f64| page_size as f64 * 8.0 / (gbits * 1e9);
+    format!(
+        "postcopy: guest memory at {guest_phys:#x} has pages of {} GiB: a ring that needs one stands still until all of it \
+         has come, {:.1} s at 10 Gbit/s and {:.1} s at 1 Gbit/s. Pages of 2 MiB or less keep stalls short",
+        page_size >> 30,
+        seconds(10.0),
+        seconds(1.0)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_stall_to_expect_is_told_in_seconds() {
+        let text = stall_to_expect(1 << 32, HUGE_PAGE);
+        assert!(text.contains("at 0x100000000 has pages of 1 GiB"), "{text}");
+        assert!(text.contains("0.9 s at 10 Gbit/s and 8.6 s at 1 Gbit/s"), "{text}");
     }
 }

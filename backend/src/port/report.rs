@@ -8,6 +8,11 @@ impl Port {
     /// A warning that the peer can cause: rate-limited, counted in any case.
     pub(crate) fn warn(&mut self, text: &dyn std::fmt::Display) {
         self.refused += 1;
+        self.caution(text);
+    }
+
+    /// A warning about what is allowed all the same, that the peer can cause: rate-limited.
+    pub(crate) fn caution(&mut self, text: &dyn std::fmt::Display) {
         let Some(suppressed) = self.warnings.allow(Instant::now()) else { return };
         if suppressed > 0 {
             tracing::warn!(port = self.name(), "{suppressed} warnings left out");

@@ -125,7 +125,8 @@ pub enum Effect<F> {
     PostcopyArm,
     /// The front-end may have lost reports of missing pages: whoever waits for one is to report again.
     PostcopyWake,
-    /// All pages have arrived, or none will any more: nothing may fault after the outcome, and the userfaultfd is closed.
+    /// All pages have arrived, or none will any more: nothing may fault after the outcome, and the userfaultfd is closed. Also
+    /// when a ring has started without [`Effect::PostcopyListen`].
     PostcopyEnd,
     /// The device went back to its initial state. Running rings have been stopped one by one before, memory, log,
     /// call and error fds stay: front-ends do not send them again.
@@ -135,10 +136,11 @@ pub enum Effect<F> {
 /// All that describes a ring to be run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingConfig {
-    /// Number of descriptors: a power of two, at most 32768.
+    /// Number of descriptors, at most 32768: a power of two, unless the features say that the ring is packed.
     pub size: u16,
-    /// Index of the next available entry to process.
-    pub base: u16,
+    /// Where to begin, as in SET_VRING_BASE: index of the next available entry to process; of a packed ring that index with its
+    /// wrap counter in bits 0-15, and the used one in bits 16-31.
+    pub base: u32,
     /// Descriptor table, in the front-end's address space.
     pub desc_user: u64,
     /// Available ring, in the front-end's address space.
@@ -158,8 +160,8 @@ pub struct RingConfig {
 pub enum Outcome {
     /// It is done.
     Done,
-    /// The ring is stopped; the index of the first available entry not processed.
-    Base(u16),
+    /// The ring is stopped; the place of the first available entry not processed, as in [`RingConfig::base`].
+    Base(u32),
     /// Regions are mapped and registered for postcopy: where each is, in our address space, in the order of the effect.
     Mapped(Vec<u64>),
     /// It cannot be done: why, for the log. The front-end gets a non-zero acknowledgement.

@@ -240,7 +240,7 @@ impl<F: 'static> Session<F> {
         }
     }
 
-    fn settle_done(&mut self, pending: Pending, base: Option<u16>, hosts: Vec<u64>) {
+    fn settle_done(&mut self, pending: Pending, base: Option<u32>, hosts: Vec<u64>) {
         match pending {
             Pending::MemTable(regions) => {
                 self.postcopy.table_mapped(&regions, hosts);
@@ -262,11 +262,17 @@ impl<F: 'static> Session<F> {
                 self.start_all();
             }
             Pending::Features(features) => self.features_set(features),
-            Pending::Start(index) => self.rings[usize::from(index)].running = true,
+            Pending::Start(index) => {
+                self.rings[usize::from(index)].running = true;
+                if let Some(step) = self.postcopy.ring_started() {
+                    // Before the next ring, or each would end it.
+                    self.todo.push_front(Todo::Postcopy(step));
+                }
+            }
             Pending::Stop(index) => {
                 let ring = &mut self.rings[usize::from(index)];
                 ring.running = false;
-                ring.base = base.unwrap_or(ring.base);
+                ring.base = base.or(ring.base);
             }
             Pending::Update(index, addresses) => self.rings[usize::from(index)].addresses = Some(addresses),
             Pending::Reset => self.reset_done(),
@@ -353,7 +359,7 @@ impl<F: 'static> Session<F> {
         let message = match work.answer {
             Answer::Payload(payload) => encode_reply(request, &payload),
             Answer::Base(index) => {
-                let num = self.rings[usize::from(index)].base.into();
+                let num = self.rings[usize::from(index)].base(&self.agreed);
                 encode_reply(request, VringState { index: index.into(), num }.as_bytes())
             }
             Answer::Log(_) if refused => encode_reply(request, LogArea { size: 0, offset: 0 }.as_bytes()),

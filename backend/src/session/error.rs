@@ -116,8 +116,8 @@ pub enum Refusal {
         /// How many rings there are.
         rings: u16,
     },
-    /// VIRTIO 1.3 §2.7: a power of two, at most 32768.
-    #[error("ring size {0} is not a power of two between 1 and 32768")]
+    /// VIRTIO 1.3 §2.7, §2.8.10.1: at most 32768, and a power of two if the ring is split.
+    #[error("ring size {0} is not between 1 and 32768, or no power of two in a split ring")]
     RingSize(u32),
     /// Does not fit the 16 bits of a split ring's index.
     #[error("ring base {0:#x} is no index of a split ring")]

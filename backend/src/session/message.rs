@@ -45,6 +45,8 @@ pub mod virtio_feature {
     pub const LOG_ALL: u64 = 1 << 26;
     /// VHOST_USER_F_PROTOCOL_FEATURES: protocol features exist, and rings start disabled.
     pub const PROTOCOL_FEATURES: u64 = 1 << 30;
+    /// VIRTIO_F_RING_PACKED: rings have the packed format.
+    pub const RING_PACKED: u64 = 1 << 34;
 }
 
 /// Protocol feature bits, as masks (vhost-user: Protocol features).

@@ -211,7 +211,7 @@ impl<F: 'static> Session<F> {
         self.rings.iter().zip(0u16..).map(|(ring, index)| RingView {
             index,
             size: ring.size,
-            base: ring.base,
+            base: ring.base(&self.agreed),
             enabled: ring.is_enabled(&self.agreed),
             running: ring.running,
         })

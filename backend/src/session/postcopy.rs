@@ -3,12 +3,17 @@
 //! ```text
 //!            ADVISE             LISTEN               table, slots               ack
 //!  idle ─────────────► advised ─────────► listening ─────────────► awaiting ack ─────► armed
-//!   ▲   userfaultfd            u64 0         ▲      our addresses        ▲               │ table again (the guest
-//!   │                                        └──────── slots ◄───────────┴───────────────┘ restarts its device)
+//!   ▲ ▲ userfaultfd     │      u64 0         ▲      our addresses        ▲               │ table again (the guest
+//!   │ └── a ring starts ┘                    └──────── slots ◄───────────┴───────────────┘ restarts its device)
 //!   └──────────────────────────── END, at any time: u64 0 ◄──────────────────────────────
 //! ```
 //! ADVISE, LISTEN and END come once for each queue pair; all but the first change nothing. Here: the phases, the
 //! answers that carry our addresses, and QEMU's ways. Not here: userfaultfd and pages (`postcopy` of the crate).
+//!
+//! **Allowed and not needed.** Where postcopy is allowed but precopy comes to its end, QEMU (10.0) sends ADVISE when the migration
+//! begins, then starts the device as after any precopy: no LISTEN, and no END on that connection, ever. So a ring that starts
+//! while advised ends it: the guest runs with all its memory here. A LISTEN after that is refused: what the ring has touched
+//! would not have arrived. Between migrations the phase is idle, whichever way they went.
 //!
 //! **QEMU and several queue pairs.** For pairs after the first QEMU leaves SET_MEM_TABLE out (it is sent once per device)
 //! but still reads an answer to it, for ever (QEMU 7.2 to 10.2). With `postcopy_resend` the answer is sent again where
@@ -188,6 +193,12 @@ impl Postcopy {
                 self.answered.iter().map(|region| slot_reply(Id::AddMemReg as u32, *region)).collect()
             }
         }
+    }
+
+    /// A ring has started: what that means for the migration.
+    pub fn ring_started(&self) -> Option<Step> {
+        // All memory is here, or LISTEN would have come before.
+        (self.phase == Phase::Advised).then_some(Step::End)
     }
 
     /// Whether reports of missing pages may have been lost until this ring's pair was answered.

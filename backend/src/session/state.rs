@@ -47,6 +47,11 @@ impl Negotiated {
         self.features & virtio_feature::LOG_ALL != 0
     }
 
+    /// Whether rings are packed.
+    pub fn packed(&self) -> bool {
+        self.features & virtio_feature::RING_PACKED != 0
+    }
+
     /// vhost-user: Ring states. Without PROTOCOL_FEATURES rings are enabled from the start.
     pub fn rings_need_enable(&self) -> bool {
         self.features & virtio_feature::PROTOCOL_FEATURES != 0
@@ -67,15 +72,15 @@ pub(super) struct RingAddresses {
 /// ```text
 ///            NUM, ADDR, memory, KICK all there
 ///   stopped ───────────────────────────────────► running
-///      ▲   (in any order; BASE is 0 if not sent)    │
+///      ▲   (in any order; BASE need not be sent)    │
 ///      └────────────────────────────────────────────┘
 ///        GET_VRING_BASE, SET_STATUS 0, resets; a second KICK goes down and up again
 /// ```
 #[derive(Debug)]
 pub(super) struct Ring<F> {
     pub size: Option<u16>,
-    /// Of a stopped ring, where it will start; of a running ring, where it was started.
-    pub base: u16,
+    /// Of a stopped ring, where it will start, if that was said; of a running ring, where it was started.
+    pub base: Option<u32>,
     pub addresses: Option<RingAddresses>,
     /// A kick that came and was not used yet: `Some(None)` is "poll".
     pub kick: Option<Option<F>>,
@@ -86,7 +91,7 @@ pub(super) struct Ring<F> {
 
 impl<F> Ring<F> {
     pub fn new() -> Self {
-        Self { size: None, base: 0, addresses: None, kick: None, enabled: false, running: false }
+        Self { size: None, base: None, addresses: None, kick: None, enabled: false, running: false }
     }
 
     /// Whether all that belongs to the ring itself is there, and it does not run.
@@ -99,12 +104,18 @@ impl<F> Ring<F> {
         self.enabled || !agreed.rings_need_enable()
     }
 
+    /// Where the ring will start, or was started. Without SET_VRING_BASE: at its beginning, which in a packed ring is slot 0
+    /// with both wrap counters 1 (VIRTIO 1.3 §2.8.1).
+    pub fn base(&self, agreed: &Negotiated) -> u32 {
+        self.base.unwrap_or(if agreed.packed() { 0x8000_8000 } else { 0 })
+    }
+
     /// What the owner needs to run the ring; none while size or addresses are missing.
     pub fn config(&self, agreed: &Negotiated) -> Option<RingConfig> {
         let addresses = self.addresses?;
         Some(RingConfig {
             size: self.size?,
-            base: self.base,
+            base: self.base(agreed),
             desc_user: addresses.desc_user,
             avail_user: addresses.avail_user,
             used_user: addresses.used_user,
@@ -127,8 +138,8 @@ pub struct RingView {
     pub index: u16,
     /// Its size, if it was told.
     pub size: Option<u16>,
-    /// Of a stopped ring, where it will start; of a running ring, where it was started.
-    pub base: u16,
+    /// Of a stopped ring, where it will start; of a running ring, where it was started. As in GET_VRING_BASE.
+    pub base: u32,
     /// Whether it counts as enabled.
     pub enabled: bool,
     /// Whether it runs.

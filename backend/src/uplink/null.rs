@@ -42,6 +42,7 @@ pub struct NullQueue {
     /// Frames taken so far.
     made: u64,
     iovecs: IoVecStorage<{ 3 * BATCH }>,
+    /// The pieces of each.
     frames: Vec<Range<usize>>,
     /// Always readable if frames are made.
     ready: Vec<Arc<OwnedFd>>,
@@ -76,7 +77,8 @@ impl Null {
             let mut frame = udp_frame(len);
             queue.tail = frame.split_off(HEAD.min(frame.len()));
             queue.heads = vec![frame; BATCH];
-            queue.frames.reserve(BATCH);
+            let pieces = if queue.tail.is_empty() { 2 } else { 3 };
+            queue.frames = (0..BATCH).map(|i| pieces * i..pieces * (i + 1)).collect();
             let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
             queue.ready.push(Arc::new(EventFd::from_value_and_flags(1, flags)?.into()));
         }
@@ -129,18 +131,18 @@ impl UplinkQueue for NullQueue {
         let Self { heads, tail, made, iovecs, frames, .. } = self;
         let header = &NO_HEADER[..self.header_len.load(Ordering::Relaxed)];
         let iovecs = iovecs.begin();
-        frames.clear();
+        let count = heads.len().min(max);
         for (head, number) in heads.iter_mut().take(max).zip(*made + 1..) {
-            head[NUMBER..][..8].copy_from_slice(&number.to_le_bytes());
-            let start = iovecs.len();
+            if let Some(place) = head.get_mut(NUMBER..NUMBER + 8) {
+                place.copy_from_slice(&number.to_le_bytes());
+            }
             iovecs.push_own(header);
             iovecs.push_own(head);
             if !tail.is_empty() {
                 iovecs.push_own(tail);
             }
-            frames.push(start..iovecs.len());
         }
-        Some(Burst { buffers: iovecs.as_slice(), frames })
+        Some(Burst { buffers: iovecs.as_slice(), frames: &frames[..count] })
     }
     fn consume(&mut self, n: usize) {
         self.made += n as u64;

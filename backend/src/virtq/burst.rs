@@ -5,6 +5,7 @@
 use super::queue::QueueError;
 use super::split::{Index, SplitQueue};
 use crate::memory::GuestMemory;
+use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
 /// A chain of one direct descriptor.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -13,7 +14,7 @@ pub struct Single {
     pub gpa: u64,
     /// Bytes; never 0.
     pub len: u32,
-    /// The descriptor, by which the chain is given back.
+    /// By what the chain is given back: the descriptor, or the buffer id in a packed ring.
     pub head: u16,
 }
 
@@ -21,10 +22,13 @@ pub struct Single {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// The guest wrote it for us.
-    Readable,
+    Readable = 0,
     /// We may write there.
-    Writable,
+    Writable = VRING_DESC_F_WRITE as isize,
 }
+
+/// The flags that make a descriptor's shape.
+const SHAPE: u32 = VRING_DESC_F_NEXT | VRING_DESC_F_INDIRECT | VRING_DESC_F_WRITE;
 
 impl SplitQueue {
     /// Takes chains of one direct descriptor off the ring, up to the first chain of another shape or as many as there is room
@@ -38,16 +42,15 @@ impl SplitQueue {
         let first = self.next_avail.get();
         let ring = self.ring.access_known();
         let mut taken = 0;
-        for single in &mut out[..known] {
-            let head = ring.avail_head(first.wrapping_add(taken as u16));
-            let Some(descriptor) = ring.descriptor(head) else { break };
-            let len = descriptor.len();
+        for (single, index) in out[..known].iter_mut().zip(u32::from(first)..) {
+            let head = ring.avail_head(index as u16);
+            let Some((gpa, rest)) = ring.descriptor_words(head) else { break };
+            let (len, flags) = (rest as u32, (rest >> 32) as u32);
             // NEXT, INDIRECT, or the other direction: not one of these. (Other flags mean nothing, as in `Chain`.)
-            let plain = !descriptor.has_next() && !descriptor.refers_to_indirect_table();
-            if !plain || descriptor.is_write_only() != (access == Access::Writable) || len == 0 {
+            if flags & SHAPE != access as u32 || len == 0 {
                 break;
             }
-            *single = Single { gpa: descriptor.addr().0, len, head };
+            *single = Single { gpa, len, head };
             taken += 1;
             #[cfg(debug_assertions)]
             self.in_work.push_back(head);
@@ -75,7 +78,7 @@ impl SplitQueue {
 /// How far before a buffer its descriptor is asked for, chains.
 const DESCRIPTORS_AHEAD: u16 = 8;
 /// A cache line, as far as prefetching goes, bytes.
-const LINE_BYTES: u64 = 64;
+pub(super) const LINE_BYTES: u64 = 64;
 /// Used elements in one.
 const USED_PER_LINE: usize = 8;
 

@@ -1,4 +1,5 @@
-//! One descriptor chain: what the guest gave us to read, then what it gave us to write (VIRTIO 1.3 §2.7.4, §2.7.5).
+//! One descriptor chain of either format: what the guest gave us to read, then what it gave us to write (VIRTIO 1.3 §2.7.4,
+//! §2.7.5, §2.8.5 to §2.8.7).
 //!
 //! Stricter than some: a descriptor of zero bytes is an error, as in QEMU, which then breaks the device. No driver
 //! sends one, and later code need not think of empty buffers.
@@ -6,6 +7,8 @@
 
 use virtio_queue::desc::split::Descriptor;
 
+use super::queue::QueueConfig;
+use crate::memory::packed_ring::{self, Entry, PackedAccess, Word};
 use crate::memory::ring::{DESC_SIZE, RingAccess};
 use crate::memory::{AccessError, GuestMemory, MissingRange};
 
@@ -79,6 +82,15 @@ pub(super) enum WalkError {
     Missing(MissingRange),
 }
 
+/// The same for a packed ring.
+pub(super) enum PackedWalkError {
+    /// It has so many descriptors.
+    Bad(u32, ChainError),
+    Missing(MissingRange),
+    /// It runs into descriptors that are still taken: the ring cannot be trusted.
+    Overrun,
+}
+
 impl From<ChainError> for WalkError {
     #[inline]
     fn from(why: ChainError) -> Self {
@@ -108,6 +120,46 @@ struct Tally {
     count: u32,
 }
 
+impl Tally {
+    /// §2.7.5.2, §2.8.5: a chain of more is refused.
+    #[inline(always)]
+    fn check(self) -> Result<(), ChainError> {
+        match self.readable_len + self.writable_len > u64::from(u32::MAX) {
+            true => Err(ChainError::TooManyBytes),
+            false => Ok(()),
+        }
+    }
+}
+
+/// The slot behind `slot` and what is in it, for a chain of `count` descriptors so far.
+#[inline(always)]
+fn next_slot(
+    ring: PackedAccess<'_>,
+    slot: u32,
+    count: u32,
+    room: u32,
+) -> Result<(u32, Word), PackedWalkError> {
+    if count >= room {
+        return Err(PackedWalkError::Overrun);
+    }
+    let slot = if slot + 1 == ring.size() { 0 } else { slot + 1 };
+    Ok((slot, ring.word(slot)))
+}
+
+/// Descriptors of the packed ring's chain at `slot`, whose first is `word`; `room` at most.
+#[inline]
+pub(super) fn packed_len(ring: PackedAccess<'_>, mut slot: u32, mut word: Word, room: u32) -> u32 {
+    let mut count = 1;
+    while word.has(packed_ring::NEXT) {
+        match next_slot(ring, slot, count, room) {
+            Ok(next) => (slot, word) = next,
+            Err(_) => return room,
+        }
+        count += 1;
+    }
+    count
+}
+
 impl Default for Chain {
     fn default() -> Self {
         Self::new()
@@ -120,7 +172,7 @@ impl Chain {
         Self { tally: Tally::default(), head: 0, segments: [Segment::default(); MAX_CHAIN] }
     }
 
-    /// Index of the first descriptor, by which the chain is given back.
+    /// By what the chain is given back: index of the first descriptor, or buffer id in a packed ring.
     #[inline]
     pub fn head(&self) -> u16 {
         self.head
@@ -171,7 +223,7 @@ impl Chain {
                 tally = all;
                 break result;
             }
-            if let Err(why) = self.add(&mut tally, descriptor) {
+            if let Err(why) = self.add_split(&mut tally, descriptor) {
                 break Err(why.into());
             }
             if !descriptor.has_next() {
@@ -187,17 +239,119 @@ impl Chain {
                 None => break Err(ChainError::NextOutOfRange(next).into()),
             }
         };
-        let result = match result {
-            Ok(()) if tally.readable_len + tally.writable_len > u64::from(u32::MAX) => {
-                Err(ChainError::TooManyBytes.into())
-            }
-            other => other,
-        };
+        let result = result.and_then(|()| Ok(tally.check()?));
         if result.is_err() {
             tally = Tally::default();
         }
         self.tally = tally;
         result
+    }
+
+    /// Takes a packed ring's chain at `slot` apart. `first` is what its first descriptor has beside the address, read by the caller.
+    /// Returns how many descriptors it has, `room` at most. On an error the chain is empty, but has its id if it is bad.
+    #[inline(always)]
+    pub(super) fn walk_packed(
+        &mut self,
+        ring: PackedAccess<'_>,
+        mem: &GuestMemory,
+        config: &QueueConfig,
+        mut slot: u32,
+        first: Word,
+        room: u32,
+    ) -> Result<u32, PackedWalkError> {
+        let mut tally = Tally::default();
+        let mut word = first;
+        let mut count = 1;
+        let result = loop {
+            if word.has(packed_ring::INDIRECT) {
+                let alone = count == 1;
+                match self.walk_packed_table(tally, mem, config, alone, (ring.addr(slot), word)) {
+                    (_, Err(WalkError::Missing(missing))) => return Err(PackedWalkError::Missing(missing)),
+                    (_, Err(WalkError::Bad(why))) => break Err(why),
+                    (all, Ok(())) => tally = all,
+                }
+                break Ok(());
+            }
+            let segment = Segment { gpa: ring.addr(slot), len: word.bytes() };
+            if let Err(why) = self.add(&mut tally, segment, word.has(packed_ring::WRITE)) {
+                break Err(why);
+            }
+            if !word.has(packed_ring::NEXT) {
+                break Ok(());
+            }
+            (slot, word) = next_slot(ring, slot, count, room)?;
+            count += 1;
+        };
+        // What is wrong with a chain does not end it: its id is in the last descriptor (§2.8.6).
+        while word.has(packed_ring::NEXT) {
+            (slot, word) = next_slot(ring, slot, count, room)?;
+            count += 1;
+        }
+        self.head = word.id();
+        match result.and_then(|()| tally.check()) {
+            Ok(()) => {
+                self.tally = tally;
+                Ok(count)
+            }
+            Err(why) => {
+                self.tally = Tally::default();
+                Err(PackedWalkError::Bad(count, why))
+            }
+        }
+    }
+
+    /// The chain is in the table that is named, and `alone` if no descriptor came before. By value, as in [`Self::walk_indirect`].
+    #[inline]
+    fn walk_packed_table(
+        &mut self,
+        mut tally: Tally,
+        mem: &GuestMemory,
+        config: &QueueConfig,
+        alone: bool,
+        named: Entry,
+    ) -> (Tally, Result<(), WalkError>) {
+        let result = self.add_packed_table(&mut tally, mem, config, alone, named);
+        (tally, result)
+    }
+
+    /// All entries, one after the other; of their flags only WRITE means something (§2.8.7).
+    /// In a transmit ring not even that: DPDK's driver (up to 26.11 at least) sets it for the header that it sends, and sometimes for
+    /// a piece of the frame.
+    #[inline(always)]
+    fn add_packed_table(
+        &mut self,
+        tally: &mut Tally,
+        mem: &GuestMemory,
+        config: &QueueConfig,
+        alone: bool,
+        named: Entry,
+    ) -> Result<(), WalkError> {
+        let (gpa, word) = named;
+        if !config.indirect {
+            return Err(ChainError::IndirectNotNegotiated.into());
+        }
+        // A list has descriptors of one kind only (§2.8.5).
+        if word.has(packed_ring::NEXT) || !alone {
+            return Err(ChainError::IndirectWithNext.into());
+        }
+        let len = word.bytes();
+        if len == 0 || !len.is_multiple_of(DESC_SIZE) || len > INDIRECT_LEN_MAX {
+            return Err(ChainError::IndirectLength(len).into());
+        }
+        let table = mem.packed_table(gpa, len / DESC_SIZE);
+        let mut index = 0;
+        while let Some(entry) = table.entry(index) {
+            match entry {
+                Ok((gpa, word)) => {
+                    let writable = word.has(packed_ring::WRITE) && !config.transmit;
+                    self.add(tally, Segment { gpa, len: word.bytes() }, writable)?;
+                }
+                Err(AccessError::Missing(missing)) => return Err(WalkError::Missing(missing)),
+                Err(_) => return Err(ChainError::IndirectOutOfRange.into()),
+            }
+            index += 1;
+        }
+        Ok(())
     }
 
     /// The rest of the chain is in the table that `descriptor` names. The tally goes in and out by value: where its address
@@ -245,7 +399,7 @@ impl Chain {
             if entry.refers_to_indirect_table() {
                 return Err(ChainError::NestedIndirect.into());
             }
-            self.add(tally, entry)?;
+            self.add_split(tally, entry)?;
             if !entry.has_next() {
                 return Ok(());
             }
@@ -258,14 +412,19 @@ impl Chain {
     }
 
     #[inline(always)]
-    fn add(&mut self, tally: &mut Tally, descriptor: Descriptor) -> Result<(), ChainError> {
+    fn add_split(&mut self, tally: &mut Tally, descriptor: Descriptor) -> Result<(), ChainError> {
         let segment = Segment { gpa: descriptor.addr().0, len: descriptor.len() };
+        self.add(tally, segment, descriptor.is_write_only())
+    }
+
+    #[inline(always)]
+    fn add(&mut self, tally: &mut Tally, segment: Segment, writable: bool) -> Result<(), ChainError> {
         if segment.len == 0 {
             return Err(ChainError::ZeroLength);
         }
         *self.segments.get_mut(tally.count as usize).ok_or(ChainError::TooLong)? = segment;
         tally.count += 1;
-        if descriptor.is_write_only() {
+        if writable {
             tally.writable_len += u64::from(segment.len);
         } else {
             if tally.writable_len != 0 {

@@ -1,9 +1,10 @@
-//! A virtqueue of either format: what its owner sees. How each works is in `split`.
+//! A virtqueue of either format: what its owner sees. How each works is in `split` and `packed`.
 #![forbid(unsafe_code)]
 
 use super::burst::{Access, Single};
 use super::chain::{Chain, ChainError};
 use super::lookahead::Purpose;
+use super::packed::PackedQueue;
 use super::split::SplitQueue;
 use crate::memory::ring::{RingError, RingLayout};
 use crate::memory::{GuestMemory, MissingRange};
@@ -11,15 +12,18 @@ use crate::memory::{GuestMemory, MissingRange};
 /// What the front-end said about a ring. Addresses in the front-end's user addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QueueConfig {
-    /// Entries; a power of two up to 32768 (SET_VRING_NUM).
+    /// VIRTIO_F_RING_PACKED was negotiated.
+    pub packed: bool,
+    /// Entries, up to 32768 (SET_VRING_NUM); a power of two if the ring is split.
     pub size: u16,
-    /// Index of the first chain to process (SET_VRING_BASE).
-    pub base: u16,
-    /// Descriptor table (SET_VRING_ADDR).
+    /// Where to begin (SET_VRING_BASE). Split: index of the first chain to process. Packed: available index with wrap
+    /// counter in bits 0-15, used index with wrap counter in bits 16-31 (vhost-user: Vring descriptor indices).
+    pub base: u32,
+    /// Descriptor table or ring (SET_VRING_ADDR).
     pub desc_user: u64,
-    /// Available ring.
+    /// Available ring; packed: driver event suppression structure.
     pub avail_user: u64,
-    /// Used ring.
+    /// Used ring; packed: device event suppression structure.
     pub used_user: u64,
     /// Guest-physical address for logging used-ring writes, if VHOST_VRING_F_LOG is set.
     pub log_used: Option<u64>,
@@ -27,12 +31,17 @@ pub struct QueueConfig {
     pub event_idx: bool,
     /// VIRTIO_F_INDIRECT_DESC was negotiated.
     pub indirect: bool,
+    /// VIRTIO_F_IN_ORDER was negotiated.
+    pub in_order: bool,
+    /// It is a transmit ring: its buffers are only read.
+    pub transmit: bool,
 }
 
 impl QueueConfig {
     /// Where the ring's memory is.
     pub fn layout(&self) -> RingLayout {
         RingLayout {
+            packed: self.packed,
             size: self.size,
             desc_user: self.desc_user,
             avail_user: self.avail_user,
@@ -69,6 +78,22 @@ pub enum QueueError {
         /// Entries of the queue.
         size: u16,
     },
+    /// The base is not in the ring.
+    #[error("base {base:#x} in a packed queue of {size}")]
+    PackedBase {
+        /// What the front-end said.
+        base: u32,
+        /// Entries of the queue.
+        size: u16,
+    },
+    /// Descriptors were made available in places that the driver was not given back.
+    #[error("descriptors available beyond the {size} of the queue, of which {taken} are in work")]
+    Overrun {
+        /// Descriptors in work.
+        taken: u16,
+        /// Entries of the queue.
+        size: u16,
+    },
     /// The ring itself has not arrived: park.
     #[error(transparent)]
     Missing(#[from] MissingRange),
@@ -101,6 +126,8 @@ pub enum PopError {
 pub enum Queue {
     /// VIRTIO 1.3 §2.7.
     Split(SplitQueue),
+    /// VIRTIO 1.3 §2.8.
+    Packed(PackedQueue),
 }
 
 /// Calls the same method of whichever queue it is.
@@ -108,6 +135,7 @@ macro_rules! forward {
     ($self:ident.$method:ident($($arg:expr),*)) => {
         match $self {
             Self::Split(queue) => queue.$method($($arg),*),
+            Self::Packed(queue) => queue.$method($($arg),*),
         }
     };
 }
@@ -115,7 +143,11 @@ macro_rules! forward {
 impl Queue {
     /// A queue that begins at `config.base`. Checks addresses and alignment; touches no guest memory.
     pub fn new(mem: &GuestMemory, config: &QueueConfig) -> Result<Self, QueueError> {
-        SplitQueue::new(mem, config).map(Self::Split)
+        if config.packed {
+            PackedQueue::new(mem, config).map(Self::Packed)
+        } else {
+            SplitQueue::new(mem, config).map(Self::Split)
+        }
     }
 
     /// Goes on with the same ring in a new snapshot: another memory table, log or residency. On an error the queue keeps
@@ -149,11 +181,14 @@ impl Queue {
         forward!(self.resynced())
     }
 
-    /// Index of the first chain the guest has not been given back, for GET_VRING_BASE. Publish before; chains in work are
-    /// given up and come again.
+    /// Place of the first chain the guest has not been given back, for GET_VRING_BASE, as in [`QueueConfig::base`]. Publish
+    /// before; chains in work are given up and come again.
     #[inline]
-    pub fn base(&self) -> u16 {
-        forward!(self.base())
+    pub fn base(&self) -> u32 {
+        match self {
+            Self::Split(queue) => queue.base().into(),
+            Self::Packed(queue) => queue.base(),
+        }
     }
 
     /// Chains popped and not pushed yet.

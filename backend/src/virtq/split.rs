@@ -15,14 +15,11 @@
 //! libvhost-user do; [`SplitQueue::resynced`] tells. The guest owns that field, but can harm only its own ring with it.
 #![forbid(unsafe_code)]
 
-use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
-
 use super::chain::{Chain, WalkError};
+use super::notify;
 use super::queue::{PopError, QueueConfig, QueueError};
 use crate::memory::GuestMemory;
 use crate::memory::ring::RingView;
-
-use std::sync::atomic::{Ordering, fence};
 
 /// A free-running 16-bit index in a word of its own.
 ///
@@ -71,10 +68,10 @@ impl SplitQueue {
     pub fn new(mem: &GuestMemory, config: &QueueConfig) -> Result<Self, QueueError> {
         Ok(Self {
             ring: RingView::new(mem, &config.layout())?,
-            next_avail: Index::from(config.base),
-            avail_cached: Index::from(config.base),
-            next_used: Index::from(config.base),
-            published: Index::from(config.base),
+            next_avail: Index::from(config.base as u16),
+            avail_cached: Index::from(config.base as u16),
+            next_used: Index::from(config.base as u16),
+            published: Index::from(config.base as u16),
             decided: None,
             undecided: 0,
             synced: false,
@@ -216,16 +213,7 @@ impl SplitQueue {
         let Ok(ring) = self.ring.access() else {
             return true;
         };
-        // The store of used.idx must come before the load of what the guest wants: it does the two the other way round.
-        fence(Ordering::SeqCst);
-        match (ring.used_event(), old) {
-            (None, _) => u32::from(ring.avail_flags()) & VRING_AVAIL_F_NO_INTERRUPT == 0,
-            // Nobody knows what was announced before us: the first time always calls.
-            (Some(_), None) => true,
-            // Round the clock once: every event was passed.
-            (Some(_), Some(_)) if count > u32::from(u16::MAX) => true,
-            (Some(event), Some(old)) => event_passed(event, new, old),
-        }
+        notify::is_wanted(&ring, old, new, count)
     }
 
     /// Whether a look at the ring would find chains, or find out what is wrong with it. One load; cheap enough to be asked
@@ -247,7 +235,7 @@ impl SplitQueue {
             let Ok(ring) = self.ring.access() else {
                 return;
             };
-            ring.store_used_flags(VRING_USED_F_NO_NOTIFY as u16);
+            ring.store_used_flags(notify::UNWANTED);
         }
         self.kicks_enabled = Some(false);
     }
@@ -259,14 +247,8 @@ impl SplitQueue {
         self.sync()?;
         let next = self.next_avail.get();
         let ring = self.ring.access()?;
-        if self.config.event_idx {
-            ring.store_avail_event(next);
-        } else if self.kicks_enabled != Some(true) {
-            ring.store_used_flags(0);
-        }
+        notify::ask(&ring, self.config.event_idx, next, self.kicks_enabled == Some(true));
         self.kicks_enabled = Some(true);
-        // The guest stores avail.idx, then loads the event; we the other way round.
-        fence(Ordering::SeqCst);
         self.refill()?;
         Ok(self.avail_cached.get() != self.next_avail.get())
     }
@@ -294,7 +276,7 @@ impl SplitQueue {
         }
         let used = self.ring.access()?.used_idx();
         self.synced = true;
-        if used != self.config.base {
+        if used != self.config.base as u16 {
             self.resynced = true;
             let used = Index::from(used);
             (self.next_avail, self.avail_cached, self.next_used, self.published) = (used, used, used, used);
@@ -304,15 +286,9 @@ impl SplitQueue {
 }
 
 #[cold]
-fn pop_error(error: QueueError) -> PopError {
+pub(super) fn pop_error(error: QueueError) -> PopError {
     match error {
         QueueError::Missing(missing) => PopError::Missing(missing),
         other => PopError::Broken(other),
     }
-}
-
-/// `vring_need_event`: whether `event` is among the indices `old .. new` that were just passed (§2.7.10.1).
-#[inline]
-fn event_passed(event: u16, new: u16, old: u16) -> bool {
-    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }

@@ -1,9 +1,10 @@
-//! The queue against drivers good and bad.
+//! Queues against drivers good and bad.
 
 mod basic;
 mod differential;
 pub(crate) mod driver;
 mod lookahead;
 mod migration;
+pub(crate) mod packed;
 mod regressions;
 mod threads;

@@ -6,6 +6,7 @@
 //! (`polling` says when), kicks are asked for again. A round costs what ready and hot pairs cost; all others cost nothing.
 #![forbid(unsafe_code)]
 
+use super::counters::WorkerCounters;
 use super::link;
 use super::pair::Pair;
 use super::polling::Polling;
@@ -16,6 +17,7 @@ use crate::reactor::{Done, Reactor};
 use crate::virtq::Chain;
 use slab::Slab;
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Buffers shared by all pairs of a worker, and what they want to tell control.
@@ -41,18 +43,23 @@ pub struct Datapath {
     /// Pairs that are looked at in each round; each once.
     hot: Vec<usize>,
     polling: Polling,
+    /// The last round, if it found nothing and did not end in sleep.
+    in_vain_since: Option<Instant>,
+    counters: Arc<WorkerCounters>,
     shared: Shared,
 }
 
 impl Datapath {
     /// Without pairs.
-    pub fn new(poll: Poll) -> Self {
+    pub fn new(poll: Poll, counters: Arc<WorkerCounters>) -> Self {
         Self {
             pairs: Slab::new(),
             slots: HashMap::new(),
             ready: VecDeque::new(),
             hot: Vec::new(),
             polling: Polling::new(poll),
+            in_vain_since: None,
+            counters,
             shared: Shared::default(),
         }
     }
@@ -96,13 +103,16 @@ impl Datapath {
         if !pair.lets_senders_go() {
             return;
         }
-        let ends = pair.link.as_ref().map_or_else(Vec::new, |link| link.ends().to_vec());
-        for end in ends {
-            let Some(sender) = self.pairs.get_mut(end) else { continue };
+        let ends = pair.link.as_mut().map_or_else(Vec::new, |link| std::mem::take(link.ends_mut()));
+        for end in &ends {
+            let Some(sender) = self.pairs.get_mut(*end) else { continue };
             sender.peer_goes_on(slot);
             if sender.take_ready() {
-                self.ready.push_back(end);
+                self.ready.push_back(*end);
             }
+        }
+        if let Some(link) = &mut self.pairs[slot].link {
+            *link.ends_mut() = ends;
         }
     }
 
@@ -161,14 +171,19 @@ impl Datapath {
     /// soon have.
     pub fn round<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>) -> bool {
         let now = Instant::now();
-        if self.polling.asks_for_share(now) {
-            self.polling.share(now, cpu_time());
+        if self.polling.asks_for_cpu_time(now) {
+            let before = self.polling.back_offs();
+            self.polling.ran(now, cpu_time());
+            self.counters.back_offs.add(self.polling.back_offs() - before);
         }
         self.round_at(reactor, now)
     }
 
     /// The same, at a given time.
     pub fn round_at<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, now: Instant) -> bool {
+        if let Some(since) = self.in_vain_since.take() {
+            self.counters.polled_ns.add(now.saturating_duration_since(since).as_nanos() as u64);
+        }
         self.look(reactor, now);
         let mut packets = 0;
         for _ in 0..self.ready.len() {
@@ -181,10 +196,12 @@ impl Datapath {
         }
         let goes_on = self.polling.goes_on(now, packets, !self.ready.is_empty());
         if !goes_on {
+            self.counters.sleeps.add(1);
             for slot in std::mem::take(&mut self.hot) {
                 self.cool(reactor, slot);
             }
         } else if packets == 0 {
+            self.in_vain_since = self.ready.is_empty().then_some(now);
             // Nothing but looks: leave the core's other thread, and the memory, some room.
             std::hint::spin_loop();
         }
@@ -212,6 +229,12 @@ impl Datapath {
     fn cool<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, slot: usize) {
         self.pairs[slot].cool(reactor, &mut self.shared);
         self.stir(slot);
+    }
+
+    /// How many pairs are looked at in each round.
+    #[cfg(test)]
+    pub fn hot(&self) -> usize {
+        self.hot.len()
     }
 
     /// What the pairs want to tell control, in order.

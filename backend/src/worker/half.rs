@@ -99,7 +99,7 @@ pub(super) struct Half {
     pub(super) ring: Option<Ring>,
     pub(super) enabled: bool,
     /// The base it stopped at: a front-end may ask after the ring was given up.
-    pub(super) last_base: u16,
+    pub(super) last_base: u32,
     pub(super) call: Notifier,
     pub(super) error: Notifier,
     /// Tells completions of the kick's poll from those of earlier ones.

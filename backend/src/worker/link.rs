@@ -77,6 +77,11 @@ impl Link {
         &self.ends
     }
 
+    /// The same, taken out for a moment or put back.
+    pub(super) fn ends_mut(&mut self) -> &mut Vec<usize> {
+        &mut self.ends
+    }
+
     /// A ring has stopped: nothing is known of the next.
     pub(super) fn stopped(&mut self, direction: Direction) {
         match direction {
@@ -281,7 +286,8 @@ impl Far<'_> {
         let Scratch { deliver, iovecs, frame, segments } = &mut **scratch;
         match self.taker.way(&header, len as u64) {
             Way::AsIs => {
-                let whole = Burst { buffers, frames: &[0..buffers.len()] };
+                let range = 0..buffers.len();
+                let whole = Burst { buffers, frames: std::slice::from_ref(&range) };
                 deliver_to(to, deliver, *settings, done, &whole) == 1
             }
             Way::Clean => {
@@ -292,7 +298,7 @@ impl Far<'_> {
                     list.push_piece(*piece);
                 }
                 let range = 0..list.len();
-                let whole = Burst { buffers: list.as_slice(), frames: &[range] };
+                let whole = Burst { buffers: list.as_slice(), frames: std::slice::from_ref(&range) };
                 deliver_to(to, deliver, *settings, done, &whole) == 1
             }
             Way::TooLong => {

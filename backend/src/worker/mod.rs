@@ -11,8 +11,10 @@
 
 mod ahead;
 mod arrivals;
+pub mod counters;
 pub mod datapath;
 mod half;
+mod hot;
 mod link;
 pub mod pair;
 mod polling;
@@ -115,8 +117,8 @@ pub enum Command {
 pub enum Reply {
     /// Done.
     Done,
-    /// The ring is stopped; its next available index (vhost-user: GET_VRING_BASE).
-    Base(u16),
+    /// The ring is stopped; where it goes on (vhost-user: GET_VRING_BASE).
+    Base(u32),
     /// Not done, and why.
     Failed(String),
 }

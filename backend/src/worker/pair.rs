@@ -16,10 +16,10 @@ use crate::net::rx::Receiver;
 use crate::observe::trace;
 use crate::reactor::{Done, OpId, Reactor};
 use crate::uplink::UplinkQueue;
-use crate::virtq::{Queue, QueueConfig, QueueError};
+use crate::virtq::{Queue, QueueConfig};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// A queue pair.
 pub struct Pair {
@@ -39,7 +39,7 @@ pub struct Pair {
     /// The timer of that runs.
     look_timer: bool,
     /// Frames at the uplink can be seen without a system call.
-    peeks: bool,
+    pub(super) peeks: bool,
     writable_poll: bool,
     pub(super) wakes: Wakes,
     pub(super) receiver: Receiver,
@@ -49,9 +49,9 @@ pub struct Pair {
     /// It stands in the worker's ready queue.
     pub(super) queued: bool,
     /// It stands among the worker's hot pairs.
-    hot: bool,
+    pub(super) hot: bool,
     /// When it last moved packets.
-    worked: Option<Instant>,
+    pub(super) worked: Option<Instant>,
     uplink_down: bool,
     /// The port it is wired to.
     pub(super) link: Option<Box<Link>>,
@@ -98,7 +98,7 @@ impl Pair {
         self.key
     }
 
-    fn half(&mut self, direction: Direction) -> &mut Half {
+    pub(super) fn half(&mut self, direction: Direction) -> &mut Half {
         match direction {
             Direction::Receive => &mut self.rx,
             Direction::Transmit => &mut self.tx,
@@ -134,59 +134,6 @@ impl Pair {
         let tx = self.tx.ring.as_ref().is_some_and(Ring::runnable);
         tx || self.looks_ahead()
             || (self.rx.enabled && self.frame_waits() && self.rx.ring.as_ref().is_some_and(Ring::runnable))
-    }
-
-    fn rings(&self) -> impl Iterator<Item = &Ring> {
-        [&self.rx, &self.tx].into_iter().filter_map(|half| half.ring.as_ref())
-    }
-
-    /// True once for each time that it comes to have a ring that is to be looked at again and again.
-    pub fn take_hot(&mut self) -> bool {
-        let hot = !self.hot && self.rings().any(Ring::awaits_look);
-        self.hot |= hot;
-        hot
-    }
-
-    /// Looks, as a hot pair, whether there is something to do. Cheap if there is not: a load or two.
-    pub fn look(&mut self) {
-        for half in [&mut self.tx, &mut self.rx] {
-            if let Some(ring) = half.ring.as_mut().filter(|ring| ring.awaits_look()) {
-                ring.pending = ring.queue.may_have_more();
-            }
-        }
-        if self.peeks && !self.uplink_readable && self.watches_uplink() {
-            self.uplink_readable = self.uplink.peek().unwrap_or(false);
-        }
-    }
-
-    /// How long it has moved no packets.
-    pub fn idle(&self, now: Instant) -> Duration {
-        self.worked.map_or(Duration::MAX, |worked| now.saturating_duration_since(worked))
-    }
-
-    /// Whether waiting for the uplink's frames by looking would bring them sooner.
-    pub(super) fn pays_by_receiving(&self) -> bool {
-        self.peeks && !self.uplink.wakes_often()
-    }
-
-    pub(super) fn worked(&mut self, now: Instant) {
-        self.worked = Some(now);
-    }
-
-    /// It is not hot any more: its drivers are asked to kick.
-    pub fn cool<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, shared: &mut Shared) {
-        self.hot = false;
-        for direction in [Direction::Transmit, Direction::Receive] {
-            let Some(ring) = self.half(direction).ring.as_mut().filter(|ring| ring.awaits_look()) else {
-                continue;
-            };
-            match ring.await_kick() {
-                Ok(()) => {}
-                // It was given other memory meanwhile: its turn finds out what is missing.
-                Err(QueueError::Missing(_)) => ring.pending = true,
-                Err(error) => self.give_up(reactor, direction, error.to_string(), shared),
-            }
-        }
     }
 
     pub(super) fn frame_waits(&self) -> bool {
@@ -335,7 +282,9 @@ impl Pair {
         }
         let memory = self.memory.clone();
         let Some(ring) = &mut self.half(direction).ring else { return Reply::Done };
-        match Queue::new(&memory, &QueueConfig { base: ring.queue.base(), ..config }) {
+        // The format is that of the beginning, whatever features were acknowledged since.
+        let packed = ring.queue.config().packed;
+        match Queue::new(&memory, &QueueConfig { base: ring.queue.base(), packed, ..config }) {
             Ok(queue) => {
                 ring.queue = queue;
                 ring.watch = Watch::Kick;
@@ -362,7 +311,7 @@ impl Pair {
     }
 
     /// Whether frames are of interest.
-    fn watches_uplink(&self) -> bool {
+    pub(super) fn watches_uplink(&self) -> bool {
         self.rx.ring.is_some() && self.rx.enabled && !self.uplink_down
     }
 

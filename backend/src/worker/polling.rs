@@ -15,28 +15,33 @@
 //!           └─────────────────────╲──────────► time
 //!            sleeps │ polls         │ sleeps
 //! ```
-//! Whoever polls takes the CPU from others. A worker that is not given the CPU while it polls has company there, and
-//! sleeps for a while instead: others run then, and the scheduler lets it come before them when it is woken.
+//! Whoever polls takes the CPU from others. A worker from which the CPU is taken while it polls has company there, and
+//! sleeps for a while instead: others run then, and the scheduler lets it come before them when it is woken, where one that
+//! polls all the time waits for its next slice.
 #![forbid(unsafe_code)]
 
 use crate::config::Poll;
 use std::time::{Duration, Instant};
 
-/// Polling that a packet pays for: from 50,000 a second on, a worker does not sleep.
-const PER_PACKET: Duration = Duration::from_micros(20);
+/// Polling that a packet pays for: from some 80,000 a second on, a worker does not sleep. That is about what a wake-up and the
+/// notification before it cost in a virtual machine.
+const PER_PACKET: Duration = Duration::from_micros(12);
 /// Credit with which polling begins.
 const START: Duration = Duration::from_micros(50);
 /// Credit at most, if the bound is not longer: so long after a stream's end there may be polling.
 const CREDIT_MAX: Duration = Duration::from_micros(200);
 /// The shortest window.
 const WINDOW_MIN: Duration = Duration::from_micros(10);
-/// How often it is asked whether the CPU was ours alone.
-const SHARE_EVERY: Duration = Duration::from_millis(20);
-/// Less of the CPU than this, in percent, and somebody else wants it.
-const SHARE_MIN: u32 = 80;
+/// How often the CPU time is looked at, so that it is known what it was before a gap.
+const CPU_TIME_EVERY: Duration = Duration::from_millis(20);
+/// So long without the CPU between two rounds, and somebody else wants it: a scheduler's slice is some 3 ms, the kernel's own
+/// short work is none.
+const TAKEN_MIN: Duration = Duration::from_millis(1);
 /// How long there is no polling then, the first time and at most.
 const BACK_OFF_MIN: Duration = Duration::from_millis(50);
 const BACK_OFF_MAX: Duration = Duration::from_millis(1600);
+/// When it has not happened again for so long, the next time is a first one.
+const FORGET: Duration = Duration::from_secs(1);
 
 /// What is known about a worker's packets.
 #[derive(Clone, Debug)]
@@ -54,6 +59,7 @@ pub struct Polling {
     back_off: Duration,
     /// No polling before that.
     quiet_until: Option<Instant>,
+    back_offs: u64,
 }
 
 impl Polling {
@@ -69,7 +75,13 @@ impl Polling {
             sample: None,
             back_off: BACK_OFF_MIN,
             quiet_until: None,
+            back_offs: 0,
         }
+    }
+
+    /// How often the CPU was left to others.
+    pub fn back_offs(&self) -> u64 {
+        self.back_offs
     }
 
     /// How long a single pair is looked at without having had packets, while its worker does not sleep; `None`: for ever.
@@ -119,29 +131,30 @@ impl Polling {
         self.window = self.window.max(WINDOW_MIN).min(bound);
     }
 
-    fn is_quiet(&mut self, now: Instant) -> bool {
-        let quiet = self.quiet_until.is_some_and(|until| now < until);
-        if !quiet {
-            self.quiet_until = None;
-        }
-        quiet
+    fn is_quiet(&self, now: Instant) -> bool {
+        self.quiet_until.is_some_and(|until| now < until)
     }
 
-    /// Whether [`Self::share`] is to be told now.
-    pub fn asks_for_share(&self, now: Instant) -> bool {
-        self.polls && self.sample.is_none_or(|(then, _)| now.saturating_duration_since(then) >= SHARE_EVERY)
+    /// Whether [`Self::ran`] is to be told now: rarely, or after a gap.
+    pub fn asks_for_cpu_time(&self, now: Instant) -> bool {
+        let since = |then: Instant| now.saturating_duration_since(then);
+        self.polls
+            && (self.sample.is_none_or(|(then, _)| since(then) >= CPU_TIME_EVERY)
+                || self.last.is_some_and(|last| since(last) >= TAKEN_MIN))
     }
 
-    /// The CPU time that the thread has had up to now.
-    pub fn share(&mut self, now: Instant, cpu: Duration) {
+    /// The CPU time that the thread has had up to now, before the round of now.
+    pub fn ran(&mut self, now: Instant, cpu: Duration) {
+        let gap = self.last.map_or(Duration::ZERO, |last| now.saturating_duration_since(last));
         let Some((then, before)) = self.sample.replace((now, cpu)) else { return };
-        let (had, passed) = (cpu.saturating_sub(before), now.saturating_duration_since(then));
-        if had * 100 >= passed * SHARE_MIN {
-            self.back_off = BACK_OFF_MIN;
+        let taken = now.saturating_duration_since(then).saturating_sub(cpu.saturating_sub(before));
+        if gap.min(taken) < TAKEN_MIN {
             return;
         }
+        let again = self.quiet_until.is_some_and(|until| now.saturating_duration_since(until) < FORGET);
+        self.back_off = if again { (self.back_off * 2).min(BACK_OFF_MAX) } else { BACK_OFF_MIN };
         self.quiet_until = Some(now + self.back_off);
-        self.back_off = (self.back_off * 2).min(BACK_OFF_MAX);
+        self.back_offs += 1;
         self.polls = false;
         self.sample = None;
     }

@@ -178,27 +178,40 @@ fn a_short_bound_is_kept() {
     assert!(outcome.sleeps < 40, "{outcome:?}");
 }
 
-/// A stream on a CPU of which the worker gets this share. True if it polls, 5 ms, 60 ms, and so on after the beginning.
-fn shared(percent: u64, look_at: &[u64]) -> Vec<bool> {
+/// A stream on a CPU that somebody else takes for so long, ms, every 8 ms, or that stops altogether. The moments at which
+/// the worker turns to sleeping and back, ms.
+fn shared(taken: u64, stops: u64, end: u64) -> Vec<u64> {
     let start = Instant::now();
     let mut polling = Polling::new(Poll::default());
-    let mut polls = Vec::new();
-    for us in (0..=look_at[look_at.len() - 1] * 1000).step_by(10) {
+    let (mut us, mut cpu, mut turns, mut polls) = (0, 0, Vec::new(), true);
+    while us < end * 1000 {
         let now = start + Duration::from_micros(us);
-        if polling.asks_for_share(now) {
-            polling.share(now, Duration::from_micros(us * percent / 100));
+        if polling.asks_for_cpu_time(now) {
+            polling.ran(now, Duration::from_micros(cpu));
         }
-        let goes_on = polling.goes_on(now, 10, false);
-        if us % 1000 == 0 && look_at.contains(&(us / 1000)) {
-            polls.push(goes_on);
+        if std::mem::replace(&mut polls, polling.goes_on(now, 10, false)) != polls {
+            turns.push(us / 1000);
         }
+        if us % 8000 == 0 {
+            us += (taken + stops) * 1000;
+            cpu += stops * 1000;
+        }
+        (us, cpu) = (us + 10, cpu + 10);
     }
-    polls
+    turns
 }
 
 #[test]
 fn a_shared_cpu_is_left_to_others() {
-    assert_eq!(shared(95, &[5, 30, 100, 1000, 3000]), [true; 5]);
-    let polls = shared(50, &[10, 30, 60, 80, 130, 200, 300, 500, 1000]);
-    assert_eq!(polls, [true, false, false, true, false, true, false, false, false], "for longer each time");
+    assert!(shared(0, 0, 3000).is_empty(), "ours alone");
+    assert!(shared(0, 4, 3000).is_empty(), "a virtual CPU that stands still has nobody else on it");
+    let turns = shared(4, 0, 3000);
+    let pauses: Vec<_> =
+        turns.chunks(2).filter(|turn| turn.len() == 2).map(|turn| turn[1] - turn[0]).collect();
+    assert!(pauses.len() >= 5, "{turns:?}");
+    for (pause, want) in pauses.iter().zip([50, 100, 200, 400, 800, 1600]) {
+        assert!((want..want + 5).contains(pause), "{turns:?}");
+    }
+    let polled: u64 = turns.windows(2).skip(1).step_by(2).map(|turn| turn[1] - turn[0]).sum();
+    assert!(polled < 100, "{turns:?}");
 }

@@ -2,19 +2,22 @@
 //! beside its pairs (`daemon`).
 #![forbid(unsafe_code)]
 
+use super::counters::WorkerCounters;
 use super::datapath::Datapath;
 use super::{PairToken, ToControl, ToWorker};
 use crate::config::Poll;
 use crate::observe;
 use crate::reactor::{Mailbox, Postbox, Reactor, SetupError};
 use std::io;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread::{Builder, JoinHandle};
 
 /// A running worker thread.
 pub struct Worker {
     /// Where its messages go.
     pub postbox: Postbox<ToWorker>,
+    /// What it counts.
+    pub counters: Arc<WorkerCounters>,
     thread: JoinHandle<()>,
 }
 
@@ -52,6 +55,8 @@ pub fn spawn(
     observer: observe::Handle,
 ) -> Result<Worker, SpawnError> {
     let (tell, hear) = mpsc::channel();
+    let counters = Arc::<WorkerCounters>::default();
+    let datapath = Datapath::new(poll, counters.clone());
     let thread = Builder::new()
         .name(format!("worker-{index}"))
         .spawn(move || {
@@ -63,22 +68,21 @@ pub fn spawn(
             observer.register_worker(index);
             let mailbox = Mailbox::new(reactor.ring_fd());
             let _ = tell.send(Ok(mailbox.postbox()));
-            if let Err(error) = run(reactor, poll, &mailbox, &control) {
+            if let Err(error) = run(reactor, datapath, &mailbox, &control) {
                 tracing::error!(%error, worker = index, "worker ended");
             }
         })
         .map_err(SpawnError::Thread)?;
     let postbox = hear.recv().map_err(|_| SpawnError::Ended)??;
-    Ok(Worker { postbox, thread })
+    Ok(Worker { postbox, counters, thread })
 }
 
 fn run(
     mut reactor: Reactor<PairToken>,
-    poll: Poll,
+    mut datapath: Datapath,
     mailbox: &Mailbox<ToWorker>,
     control: &Postbox<ToControl>,
 ) -> io::Result<()> {
-    let mut datapath = Datapath::new(poll);
     let mut done = Vec::new();
     let mut busy = false;
     loop {

@@ -17,8 +17,6 @@ pub const TX: usize = 1;
 pub struct LayoutOptions {
     /// Entries of each ring; there are as many buffers.
     pub ring_size: u16,
-    /// Packed rings.
-    pub packed: bool,
     /// Least length of an RX and a TX buffer, bytes.
     pub buffer_len: [u32; RINGS],
 }
@@ -73,7 +71,7 @@ mod tests {
     #[test]
     fn nothing_overlaps() {
         for ring_size in [2, 256, 1024] {
-            let options = LayoutOptions { ring_size, packed: false, buffer_len: [2048, 76] };
+            let options = LayoutOptions { ring_size, buffer_len: [2048, 76] };
             let layout = Layout::new(options);
             let mut end = 0;
             for ring in [RX, TX] {

@@ -5,17 +5,27 @@
 //! | `shared` | words and buffers in memory that the device shares; the only unsafe code |
 //! | `split`, `packed` | the two forms of a ring (VIRTIO 1.3 §2.7, §2.8) |
 //! | `layout` | where rings and buffers lie in guest memory |
+//! | `model` | a small device that both are tested against |
 //!
 //! One descriptor per buffer, buffers named by a number below the ring's size. Descriptors are written anew for every
 //! packet, as every driver does it. Pure but for the memory: no thread, no fd, no clock. Not here: packets and what is
 //! measured (`load`).
 #![deny(clippy::undocumented_unsafe_blocks)]
 
+use std::sync::Arc;
+
+use crate::mapping::Mapping;
+use crate::session::Place;
+
 mod layout;
+#[cfg(test)]
+mod model;
+mod packed;
 mod shared;
 mod split;
 
 pub use layout::{Layout, LayoutOptions, RINGS, RX, TX};
+pub use packed::Packed;
 pub use shared::{Buffers, LINE, ticks, ticks_per_second};
 pub use split::Split;
 
@@ -61,7 +71,15 @@ pub enum RingError {
 }
 
 /// The driver's side of one virtqueue.
-pub trait Ring {
+pub trait Ring: Sized {
+    /// Feature bits that it needs.
+    const FEATURES: u64;
+    /// Where an empty one goes on (vhost-user: VRING_BASE).
+    const BASE: u32;
+
+    /// An empty ring at a place, formatted. The device is told to send no calls; with `event_idx` notifications go by index.
+    fn open(memory: &Arc<Mapping>, place: &Place, event_idx: bool) -> Self;
+
     /// Whether the next `n` buffers have been used. Reads one word that the device writes.
     fn ready(&self, n: u16) -> bool;
 

@@ -116,12 +116,6 @@ impl Buffers {
         prefetch_read(self.pointer(id, 0, LINE));
     }
 
-    /// Asks for a line of a buffer, to be written.
-    #[inline(always)]
-    pub fn prefetch_write(&self, id: u16, at: u64) {
-        prefetch_write(self.pointer(id, at, 1));
-    }
-
     /// Reads of a buffer's first line what every driver reads.
     #[inline(always)]
     pub fn head(&self, id: u16) -> Head {

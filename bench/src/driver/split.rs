@@ -39,8 +39,17 @@ pub struct Split {
 }
 
 impl Split {
-    /// An empty ring at a place, formatted. The device is told to send no calls.
-    pub fn new(memory: &Arc<Mapping>, place: &Place, event_idx: bool) -> Self {
+    #[inline(always)]
+    fn device_index(&self) -> u16 {
+        u16::from_le(self.used_idx.at(0).load(Ordering::Acquire))
+    }
+}
+
+impl Ring for Split {
+    const FEATURES: u64 = 0;
+    const BASE: u32 = 0;
+
+    fn open(memory: &Arc<Mapping>, place: &Place, event_idx: bool) -> Self {
         let size = usize::from(place.size);
         let n = u64::from(place.size);
         let it = Self {
@@ -68,13 +77,6 @@ impl Split {
         it
     }
 
-    #[inline(always)]
-    fn device_index(&self) -> u16 {
-        u16::from_le(self.used_idx.at(0).load(Ordering::Acquire))
-    }
-}
-
-impl Ring for Split {
     #[inline(always)]
     fn ready(&self, n: u16) -> bool {
         self.device_index().wrapping_sub(self.taken) >= n

@@ -53,8 +53,8 @@ impl Outgoing {
 /// What must come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expect {
-    /// Any good frame of this length, or of any.
-    Anything(Option<usize>),
+    /// Any good frame.
+    Anything,
     /// Frames of ours of this length, in order; some may be missing.
     Ours(usize),
 }
@@ -91,7 +91,7 @@ impl Incoming {
         let (number, frame) = (self.checked, self.packet.len().saturating_sub(HEADER));
         let content = packet::look(&self.packet);
         match (self.expect, content) {
-            (Expect::Anything(_), Content::Foreign | Content::Ours(_)) => {}
+            (Expect::Anything, Content::Foreign | Content::Ours(_)) => {}
             (Expect::Ours(_), Content::Ours(seq)) => {
                 ensure!(seq >= self.next, "frame {seq} came where {} is due", self.next);
                 self.lost += seq - self.next;
@@ -99,14 +99,9 @@ impl Incoming {
             }
             (_, content) => anyhow::bail!("received frame {number} of {frame} bytes: {content:?}"),
         }
-        let expected = match self.expect {
-            Expect::Anything(len) => len,
-            Expect::Ours(len) => Some(len),
-        };
-        ensure!(
-            expected.is_none_or(|e| e == frame),
-            "received frame {number} has {frame} bytes instead of {expected:?}"
-        );
+        if let Expect::Ours(expected) = self.expect {
+            ensure!(frame == expected, "received frame {number} has {frame} bytes instead of {expected}");
+        }
         self.checked += 1;
         Ok(())
     }

@@ -9,7 +9,7 @@ use crate::driver::{BURST_MAX, Buffer, Buffers, Ring, RingError, Used};
 use crate::session::Events;
 
 /// A burst of used buffers is waited for over so many looks; after that, what is there is taken.
-const LOOKS: u32 = 64;
+const LOOKS: u32 = 16;
 /// Where the driver writes into what it sends if it touches only the first line: behind virtio-net and Ethernet headers.
 const TOUCH_AT: u64 = 32;
 
@@ -103,12 +103,6 @@ impl<R: Ring> Sender<R> {
         (self.free.len() - usize::from(self.lane.ring.in_flight())) as u16
     }
 
-    /// Packets that the device has.
-    #[inline(always)]
-    pub fn in_flight(&self) -> u16 {
-        self.lane.ring.in_flight()
-    }
-
     /// Takes back what the device has used; returns how many. `seen` is told of each.
     #[inline(always)]
     pub fn reclaim(&mut self, mut seen: impl FnMut(&Buffers, Used) -> Result<()>) -> Result<usize> {
@@ -144,11 +138,6 @@ impl<R: Ring> Sender<R> {
         if count > 0 {
             lane.expose();
         }
-    }
-
-    /// Length of a packet, header included, bytes.
-    pub fn packet_len(&self) -> usize {
-        self.len as usize
     }
 
     /// Notifications that the device wanted.

@@ -1,8 +1,6 @@
 //! What a load measures of itself: packets, and the share of the time in which the driver had nothing to do.
 #![forbid(unsafe_code)]
 
-use serde::Serialize;
-
 /// Time without anything to do: looks that found nothing. A look that found something counts as work from its beginning, with
 /// the transfer of the line that it looked at.
 #[derive(Clone, Copy, Debug, Default)]
@@ -45,32 +43,20 @@ impl Idle {
 }
 
 /// What happened in some time.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Counted {
-    /// Seconds.
-    pub seconds: f64,
-    /// Packets that the device has taken.
+    /// How long it was, in ticks of the clock.
+    pub ticks: u64,
+    /// How long the driver had nothing to do.
+    pub idle_ticks: u64,
+    /// Packets that devices have taken.
     pub sent: u64,
-    /// Packets that came from it.
+    /// Packets that came from them.
     pub received: u64,
     /// Bytes of received packets, virtio-net headers included.
     pub received_bytes: u64,
     /// Packets that were sent and never came (where all should).
     pub lost: u64,
-    /// Share of the time in which the driver had nothing to do.
-    pub idle_share: f64,
-}
-
-impl Counted {
-    /// Millions of packets per second that the device has taken.
-    pub fn sent_mpps(&self) -> f64 {
-        self.sent as f64 / self.seconds / 1e6
-    }
-
-    /// Millions of packets per second that came from it.
-    pub fn received_mpps(&self) -> f64 {
-        self.received as f64 / self.seconds / 1e6
-    }
 }
 
 #[cfg(test)]

@@ -1,165 +1,50 @@
-//! `vubench tx|rx|both`: a front-end with the burst driver on a back-end's socket.
+//! `vubench tx|rx|both|loop|latency`: a front-end with the burst driver on a back-end's sockets.
 //!
-//! Here: the command line, and what is printed. `port` makes a queue pair of ours, `lane` drives one ring, `open` is the load,
-//! `check` looks into packets, `meter` counts.
+//! | file | what |
+//! |---|---|
+//! | `args` | the command line |
+//! | `port`, `lane` | a queue pair of ours on a port; one ring of it |
+//! | `open` | `tx`, `rx`, `both` |
+//! | `closed`, `latency` | `loop`, `latency` |
+//! | `check` | looks into packets |
+//! | `meter`, `result` | what is counted, what is said |
+//!
+//! Here: each load as a function, which the table of all rows calls, too.
 #![forbid(unsafe_code)]
 
+mod args;
 mod check;
+mod closed;
 mod lane;
+mod latency;
 mod meter;
 mod open;
 mod port;
 mod result;
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use nix::sched::{CpuSet, sched_setaffinity};
-use nix::unistd::Pid;
 
-use crate::driver::{BURST_MAX, ticks_per_second};
-use crate::interrupt;
+use crate::driver::{Packed, Ring, Split, ticks_per_second};
 use crate::packet::{self, HEADER};
+pub use args::{LatencyArgs, LoopArgs, OpenArgs, Setup};
 use check::{Expect, Incoming, Outgoing};
+use closed::{End, Loop};
 pub use lane::Touch;
-use open::{Open, OpenLoad};
+use latency::Latency;
+pub use latency::Percentiles;
+use meter::Idle;
+use open::{OpenLoad, OpenPort};
 use port::{Port, PortOptions};
-use result::Outcome;
+pub use result::{IDLE_MIN, Measured};
 
 /// How long the clock is measured.
 const CALIBRATION: Duration = Duration::from_millis(20);
-/// Longest frame: a TSO frame with its Ethernet header.
-const FRAME_MAX: usize = 65_549;
-/// Feature bits of offloads (VIRTIO 1.3 §5.1.3), which frames longer than an MTU need.
+/// Feature bits of offloads, which frames longer than an MTU need: CSUM, GUEST_CSUM, GUEST_TSO4, HOST_TSO4 (VIRTIO 1.3
+/// §5.1.3).
 const OFFLOADS: u64 = 1 | 1 << 1 | 1 << 7 | 1 << 11;
-/// A receive buffer, header included: what Linux gives for an MTU of 1500 bytes with mergeable buffers, and more.
-const RECEIVE_LEN: u32 = 2048;
-
-/// What every load takes.
-#[derive(clap::Args, Clone, Debug)]
-pub struct Common {
-    /// The back-end's socket
-    #[arg(long)]
-    pub socket: PathBuf,
-    /// Packed rings
-    #[arg(long)]
-    pub packed: bool,
-    /// Entries of each ring, a power of two
-    #[arg(long, default_value_t = 256)]
-    pub ring_size: u16,
-    /// Packets that are waited for before they are handled together
-    #[arg(long, default_value_t = 32)]
-    pub burst: u16,
-    /// Length of frames, bytes
-    #[arg(long)]
-    pub frame: Option<usize>,
-    /// Length of receive buffers, bytes
-    #[arg(long, default_value_t = RECEIVE_LEN)]
-    pub receive_len: u32,
-    /// Without mergeable receive buffers
-    #[arg(long)]
-    pub no_mergeable: bool,
-    /// With VIRTIO_F_EVENT_IDX
-    #[arg(long)]
-    pub event_idx: bool,
-    /// Guest memory in hugepages of 2 MiB, which must be reserved
-    #[arg(long)]
-    pub hugepages: bool,
-    /// What the driver writes into packets that it sends
-    #[arg(long, value_enum, default_value_t)]
-    pub touch: Touch,
-    /// Pauses of the processor after a look that found nothing
-    #[arg(long, default_value_t = 8)]
-    pub pauses: u32,
-    /// CPU to run on
-    #[arg(long)]
-    pub cpu: Option<usize>,
-    /// How long is measured
-    #[arg(long, default_value_t = 2.0)]
-    pub seconds: f64,
-    /// How long it runs before that
-    #[arg(long, default_value_t = 0.3)]
-    pub warm_up: f64,
-    /// Look into every packet; slower
-    #[arg(long)]
-    pub check: bool,
-    /// Write the result as JSON to this file, or to stdout
-    #[arg(long, num_args = 0..=1, default_missing_value = "-")]
-    pub json: Option<PathBuf>,
-}
-
-/// `tx` and `both`.
-#[derive(clap::Args, Clone, Debug)]
-pub struct SendArgs {
-    #[command(flatten)]
-    common: Common,
-    /// Packets per second to send; default: as many as the device takes
-    #[arg(long)]
-    pps: Option<f64>,
-}
-
-/// `rx`.
-#[derive(clap::Args, Clone, Debug)]
-pub struct ReceiveArgs {
-    #[command(flatten)]
-    common: Common,
-}
-
-impl Common {
-    fn frame(&self) -> usize {
-        self.frame.unwrap_or(64)
-    }
-
-    fn check_values(&self) -> Result<()> {
-        ensure!(
-            self.ring_size.is_power_of_two() && (2..=32_768).contains(&self.ring_size),
-            "--ring-size must be a power of two from 2 to 32768"
-        );
-        let frames = packet::FRAME_MIN..=FRAME_MAX;
-        ensure!(frames.contains(&self.frame()), "--frame must be in {frames:?}");
-        let bursts = 1..=BURST_MAX as u16;
-        ensure!(bursts.contains(&self.burst), "--burst must be in {bursts:?}");
-        ensure!((128..=1 << 20).contains(&self.receive_len), "--receive-len must be in 128..=1048576");
-        ensure!(
-            self.seconds > 0.0 && self.seconds < 86_400.0 && (0.0..3600.0).contains(&self.warm_up),
-            "--seconds and --warm-up must be reasonable"
-        );
-        Ok(())
-    }
-
-    /// Checks the values, catches signals, and goes to the CPU.
-    fn begin(&self) -> Result<()> {
-        self.check_values()?;
-        interrupt::install()?;
-        if let Some(cpu) = self.cpu {
-            let mut cpus = CpuSet::new();
-            cpus.set(cpu)?;
-            sched_setaffinity(Pid::from_raw(0), &cpus).with_context(|| format!("running on CPU {cpu}"))?;
-        }
-        Ok(())
-    }
-
-    fn port(&self) -> Result<Port> {
-        let frame = self.frame();
-        let mut port = Port::open(
-            &self.socket,
-            &PortOptions {
-                ring_size: self.ring_size,
-                packed: self.packed,
-                event_idx: self.event_idx,
-                hugepages: self.hugepages,
-                mergeable: !self.no_mergeable,
-                features: if frame > packet::FRAME_MAX { OFFLOADS } else { 0 },
-                frame,
-                receive_len: self.receive_len,
-            },
-        )?;
-        port.sender.set_manner(self.burst, self.touch);
-        port.receiver.set_manner(self.burst);
-        Ok(port)
-    }
-}
 
 /// Which of the open loads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,35 +57,145 @@ pub enum Way {
     Both,
 }
 
-/// `vubench tx`, `vubench both`.
-pub fn run_sending(way: Way, args: &SendArgs) -> Result<()> {
-    ensure!(args.pps.is_none_or(|pps| pps > 0.0), "--pps must be positive");
-    run_open(way, &args.common, args.pps)
+impl Way {
+    fn sends(self) -> bool {
+        self != Self::Rx
+    }
+
+    fn receives(self) -> bool {
+        self != Self::Tx
+    }
 }
 
-/// `vubench rx`.
-pub fn run_receiving(args: &ReceiveArgs) -> Result<()> {
-    run_open(Way::Rx, &args.common, None)
+impl Setup {
+    fn port<R: Ring>(&self, socket: &Path, burst: u16) -> Result<Port<R>> {
+        let options = PortOptions {
+            ring_size: self.ring_size,
+            event_idx: self.event_idx,
+            hugepages: self.hugepages,
+            mergeable: !self.no_mergeable,
+            features: if self.frame > packet::FRAME_MAX { OFFLOADS } else { 0 },
+            frame: self.frame,
+            receive_len: self.receive_len,
+        };
+        let mut port = Port::open(socket, &options).with_context(|| socket.display().to_string())?;
+        port.sender.set_manner(burst, self.touch);
+        port.receiver.set_manner(burst);
+        Ok(port)
+    }
+
+    fn outgoing(&self, wanted: bool) -> Option<Outgoing> {
+        (self.check && wanted).then(|| Outgoing::new(self.ring_size, HEADER + self.frame))
+    }
 }
 
-fn run_open(way: Way, common: &Common, pps: Option<f64>) -> Result<()> {
-    common.begin()?;
-    let mut port = common.port()?;
+/// Packets into all ports, or out of them, or both; `pps` has the rate of each port, if it has one.
+pub fn run_open(
+    setup: &Setup,
+    sockets: &[impl AsRef<Path>],
+    way: Way,
+    pps: &[Option<f64>],
+) -> Result<Measured> {
+    if setup.packed {
+        open::<Packed>(setup, sockets, way, pps)
+    } else {
+        open::<Split>(setup, sockets, way, pps)
+    }
+}
+
+fn open<R: Ring>(
+    setup: &Setup,
+    sockets: &[impl AsRef<Path>],
+    way: Way,
+    pps: &[Option<f64>],
+) -> Result<Measured> {
     let per_second = ticks_per_second(CALIBRATION);
-    let (sends, receives) = (way != Way::Rx, way != Way::Tx);
-    let load = OpenLoad { sends, receives, per_tick: pps.map(|p| p / per_second), pauses: common.pauses };
-    let outgoing = (common.check && sends).then(|| Outgoing::new(common.ring_size, HEADER + common.frame()));
-    let incoming = (common.check && receives).then(|| Incoming::new(Expect::Anything(common.frame)));
-    let mut open = Open::new(load, &mut port, outgoing, incoming);
-    let counted = result::measure(common, per_second, |ticks| open.run(ticks, per_second))?;
-    let checked = open.checked();
-    port.check()?;
-    let outcome = Outcome {
-        sends,
-        receives,
-        counted,
-        checked: common.check.then_some(checked.0 + checked.1),
-        kicks: port.sender.kicks() + port.receiver.kicks(),
-    };
-    result::publish(common, &outcome)
+    let mut ports = Vec::new();
+    for (socket, pps) in sockets.iter().zip(pps) {
+        let port = setup.port::<R>(socket.as_ref(), setup.burst)?;
+        let incoming = (setup.check && way.receives()).then(|| Incoming::new(Expect::Anything));
+        let rate = pps.map(|p| p / per_second);
+        ports.push(OpenPort::new(port, rate, setup.outgoing(way.sends()), incoming));
+    }
+    let load = OpenLoad { sends: way.sends(), receives: way.receives(), pauses: setup.pauses };
+    let mut idle = Idle::default();
+    let mut warm = false;
+    let mut measured = result::measure(setup, per_second, way.sends(), way.receives(), |ticks| {
+        let counted = open::run(load, &mut ports, &mut idle, ticks)?;
+        if !std::mem::replace(&mut warm, true) {
+            ports.iter_mut().for_each(OpenPort::forget);
+        }
+        Ok(counted)
+    })?;
+    for port in &ports {
+        port.port.check()?;
+        measured.by_port.push(if way.sends() { port.sent } else { port.received });
+        measured.kicks += port.port.kicks();
+        measured.checked += port.checked();
+    }
+    ensure!(measured.tx_mpps != Some(0.0), "the back-end has taken no packet");
+    ensure!(measured.rx_mpps != Some(0.0), "no packet came from the back-end");
+    Ok(measured)
+}
+
+/// So many packets in flight from each port, one that echoes or two that are connected.
+pub fn run_closed(setup: &Setup, sockets: &[impl AsRef<Path>], in_flight: usize) -> Result<Measured> {
+    if setup.packed {
+        closed::<Packed>(setup, sockets, in_flight)
+    } else {
+        closed::<Split>(setup, sockets, in_flight)
+    }
+}
+
+fn closed<R: Ring>(setup: &Setup, sockets: &[impl AsRef<Path>], in_flight: usize) -> Result<Measured> {
+    // A burst that is a large part of what is in flight would be waited for in vain.
+    let burst = (in_flight / 4).clamp(1, setup.burst.into()) as u16;
+    let mut ends = Vec::new();
+    for socket in sockets {
+        let incoming = setup.check.then(|| Incoming::new(Expect::Ours(setup.frame)));
+        ends.push(End::new(setup.port::<R>(socket.as_ref(), burst)?, setup.outgoing(true), incoming));
+    }
+    let per_second = ticks_per_second(CALIBRATION);
+    let mut it = Loop::new(ends, in_flight, setup.pauses, per_second);
+    let mut measured = result::measure(setup, per_second, true, true, |ticks| it.run(ticks))?;
+    for end in &it.ends {
+        end.port.check()?;
+        measured.by_port.push(end.received);
+        measured.kicks += end.port.kicks();
+        measured.checked += end.outgoing.as_ref().map_or(0, Outgoing::checked);
+        measured.checked += end.incoming.as_ref().map_or(0, Incoming::checked);
+        measured.lost = measured.lost.max(end.incoming.as_ref().map_or(0, Incoming::lost));
+    }
+    ensure!(measured.rx_mpps != Some(0.0), "no packet came back");
+    Ok(measured)
+}
+
+/// Round trips, one in flight or at a rate.
+pub fn run_latency(setup: &Setup, sockets: &[impl AsRef<Path>], pps: Option<f64>) -> Result<Measured> {
+    if setup.packed { latency::<Packed>(setup, sockets, pps) } else { latency::<Split>(setup, sockets, pps) }
+}
+
+fn latency<R: Ring>(setup: &Setup, sockets: &[impl AsRef<Path>], pps: Option<f64>) -> Result<Measured> {
+    let ports: Vec<_> = sockets.iter().map(|s| setup.port::<R>(s.as_ref(), 1)).collect::<Result<_>>()?;
+    let per_second = ticks_per_second(CALIBRATION);
+    let check = setup.check.then_some(HEADER + setup.frame);
+    let mut it = Latency::new(ports, pps, setup.pauses, per_second, check)?;
+    let mut warm = false;
+    let mut measured = result::measure(setup, per_second, false, false, |ticks| {
+        let counted = it.run(ticks)?;
+        if !std::mem::replace(&mut warm, true) {
+            it.clear();
+        }
+        Ok(counted)
+    })?;
+    let round_trip = it.percentiles();
+    for port in &it.ports {
+        port.check()?;
+        measured.kicks += port.kicks();
+    }
+    measured.checked = it.checked();
+    measured.lost = round_trip.lost;
+    measured.round_trip = Some(round_trip);
+    ensure!(round_trip.packets > 0, "no packet came back");
+    Ok(measured)
 }

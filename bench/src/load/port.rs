@@ -10,24 +10,21 @@ use lab::rawfront::{protocol, virtio};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::lane::{Receiver, Sender};
-use crate::driver::{Buffers, Layout, LayoutOptions, RINGS, RX, Split, TX};
+use crate::driver::{Buffers, Layout, LayoutOptions, RINGS, RX, Ring, TX};
 use crate::mapping::{Mapping, PAGE};
 use crate::packet::{self, HEADER};
 use crate::session::{Events, Session, Wishes};
 
 /// A hugepage, bytes.
 const HUGEPAGE: u64 = 2 << 20;
-/// Feature bits (VIRTIO 1.3 §6).
+/// VIRTIO_F_EVENT_IDX (VIRTIO 1.3 §6).
 const EVENT_IDX: u64 = 1 << 29;
-const RING_PACKED: u64 = 1 << 34;
 
 /// What the driver is to be like.
 #[derive(Clone, Debug)]
 pub struct PortOptions {
     /// Entries of each ring.
     pub ring_size: u16,
-    /// Packed rings.
-    pub packed: bool,
     /// Notifications by index.
     pub event_idx: bool,
     /// Guest memory in hugepages.
@@ -43,24 +40,20 @@ pub struct PortOptions {
 }
 
 /// A running queue pair.
-pub struct Port {
+pub struct Port<R> {
     /// To the device.
-    pub sender: Sender<Split>,
+    pub sender: Sender<R>,
     /// From the device.
-    pub receiver: Receiver<Split>,
+    pub receiver: Receiver<R>,
     /// Its control connection.
     pub session: Session,
-    /// Virtio features in use.
-    pub features: u64,
 }
 
-impl Port {
+impl<R: Ring> Port<R> {
     /// Connects to the back-end at `socket` and starts both rings. All receive buffers are with the device.
     pub fn open(socket: &Path, options: &PortOptions) -> Result<Self> {
-        ensure!(!options.packed, "packed rings: not yet");
         let layout = Layout::new(LayoutOptions {
             ring_size: options.ring_size,
-            packed: options.packed,
             buffer_len: [options.receive_len, (HEADER + options.frame) as u32],
         });
         let (file, len) = memory_file(&layout, options.hugepages)?;
@@ -74,12 +67,12 @@ impl Port {
         wishes.protocol |= protocol::MTU;
         wishes.features |= if options.mergeable { virtio::MRG_RXBUF } else { 0 };
         wishes.features_needed |= if options.event_idx { EVENT_IDX } else { 0 };
-        wishes.features_needed |= if options.packed { RING_PACKED } else { 0 };
+        wishes.features_needed |= R::FEATURES;
         let session = Session::open(socket, wishes, &events)?;
         let features = session.features();
         session.begin()?;
         session.set_table(&file, len, memory.address()).context("the memory table")?;
-        let rings = places.map(|p| Split::new(&memory, &p, options.event_idx));
+        let rings = places.map(|p| R::open(&memory, &p, options.event_idx));
 
         let [rx_buffers, tx_buffers] = buffers;
         let [rx_ring, tx_ring] = rings;
@@ -91,14 +84,19 @@ impl Port {
             rx_buffers.write(id, &vec![0; rx_buffers.len() as usize]);
         }
         for (i, (place, events)) in places.iter().zip(&events).enumerate() {
-            session.start_ring(i, place, 0, memory.address(), events)?;
+            session.start_ring(i, place, R::BASE, memory.address(), events)?;
         }
         session.driver_ok()?;
         let [rx_events, tx_events] = events;
         let sender = Sender::new(tx_ring, tx_buffers, tx_events, options.ring_size, bytes.len() as u32);
         let mergeable = features & virtio::MRG_RXBUF != 0;
         let receiver = Receiver::new(rx_ring, rx_buffers, rx_events, options.ring_size, mergeable)?;
-        Ok(Self { sender, receiver, session, features })
+        Ok(Self { sender, receiver, session })
+    }
+
+    /// Notifications that the device wanted.
+    pub fn kicks(&self) -> u64 {
+        self.sender.kicks() + self.receiver.kicks()
     }
 
     /// Fails if the device has signalled an error, or does not answer any more.

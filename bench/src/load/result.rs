@@ -1,141 +1,167 @@
-//! A load's numbers: taken in intervals, printed for people and as JSON.
+//! A load's numbers: taken in intervals, as text and for JSON.
 #![forbid(unsafe_code)]
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde::Serialize;
 
-use super::Common;
+use super::Setup;
+use super::latency::Percentiles;
 use super::meter::Counted;
+use crate::procstat;
 use crate::report::Spread;
 
 /// Intervals of a measurement: how far they are apart says how steady it was.
 const INTERVALS: usize = 10;
+/// A number is the back-end's only if the front-end had nothing to do for this share of the time at least.
+pub const IDLE_MIN: f64 = 0.5;
 
 /// What was measured.
-#[derive(Clone, Debug)]
-pub struct Outcome {
-    /// Whether packets were sent.
-    pub sends: bool,
-    /// Whether they were received.
-    pub receives: bool,
+#[derive(Clone, Debug, Serialize)]
+pub struct Measured {
+    /// How long, seconds.
+    pub seconds: f64,
+    /// Millions of packets per second to the back-end, all ports together.
+    pub tx_mpps: Option<f64>,
+    /// Millions of packets per second from it.
+    pub rx_mpps: Option<f64>,
     /// By intervals.
-    pub counted: Vec<Counted>,
-    /// Packets that were looked into.
-    pub checked: Option<u64>,
-    /// Notifications that the device wanted, warm-up included.
+    pub tx_mpps_intervals: Option<Spread>,
+    /// By intervals.
+    pub rx_mpps_intervals: Option<Spread>,
+    /// Bytes that came, virtio-net headers included.
+    pub received_bytes: u64,
+    /// Packets that should have come and did not.
+    pub lost: u64,
+    /// Share of the time in which the front-end had nothing to do.
+    pub idle_share: f64,
+    /// CPU time of the back-end per time, where its process is known.
+    pub backend_cpu_share: Option<f64>,
+    /// Packets by port, sent or else received, where there are several.
+    pub by_port: Vec<u64>,
+    /// Notifications that the back-end wanted, warm-up included.
     pub kicks: u64,
+    /// Packets that were looked into.
+    pub checked: u64,
+    /// Round trips.
+    pub round_trip: Option<Percentiles>,
 }
 
-#[derive(Serialize)]
-struct Json<'a> {
-    socket: &'a Path,
-    packed: bool,
-    ring_size: u16,
-    burst: u16,
-    frame_bytes: usize,
-    touch: super::Touch,
-    seconds: f64,
-    sent: u64,
-    received: u64,
-    received_bytes: u64,
-    lost: u64,
-    tx_mpps: Option<f64>,
-    rx_mpps: Option<f64>,
-    /// By intervals.
-    tx_mpps_intervals: Option<Spread>,
-    /// By intervals.
-    rx_mpps_intervals: Option<Spread>,
-    idle_share: f64,
-    kicks: u64,
-    checked: Option<u64>,
-}
-
-/// Warms up, then measures.
+/// Warms up, then measures in intervals.
 pub fn measure(
-    common: &Common,
+    setup: &Setup,
     ticks_per_second: f64,
+    sends: bool,
+    receives: bool,
     mut run: impl FnMut(u64) -> Result<Counted>,
-) -> Result<Vec<Counted>> {
-    run((common.warm_up * ticks_per_second) as u64)?;
-    let each = (common.seconds / INTERVALS as f64 * ticks_per_second) as u64;
-    (0..INTERVALS).map(|_| run(each)).collect()
+) -> Result<Measured> {
+    run((setup.warm_up * ticks_per_second) as u64)?;
+    let each = (setup.seconds / INTERVALS as f64 * ticks_per_second) as u64;
+    let cpu = CpuTime::start(setup.pid)?;
+    let counted = (0..INTERVALS).map(|_| run(each)).collect::<Result<Vec<_>>>()?;
+    let sum = |of: fn(&Counted) -> u64| counted.iter().map(of).sum::<u64>();
+    let seconds = sum(|c| c.ticks) as f64 / ticks_per_second;
+    let mpps = |packets: u64, ticks: u64| packets as f64 * ticks_per_second / ticks as f64 / 1e6;
+    let spread = |wanted: bool, of: fn(&Counted) -> u64| {
+        wanted.then(|| Spread::of(counted.iter().map(|c| mpps(of(c), c.ticks))))
+    };
+    let whole = |wanted: bool, of: fn(&Counted) -> u64| wanted.then(|| mpps(sum(of), sum(|c| c.ticks)));
+    Ok(Measured {
+        seconds,
+        tx_mpps: whole(sends, |c| c.sent),
+        rx_mpps: whole(receives, |c| c.received),
+        tx_mpps_intervals: spread(sends, |c| c.sent),
+        rx_mpps_intervals: spread(receives, |c| c.received),
+        received_bytes: sum(|c| c.received_bytes),
+        lost: sum(|c| c.lost),
+        idle_share: sum(|c| c.idle_ticks) as f64 / sum(|c| c.ticks) as f64,
+        backend_cpu_share: cpu.share(seconds)?,
+        by_port: Vec::new(),
+        kicks: 0,
+        checked: 0,
+        round_trip: None,
+    })
 }
 
-fn sum(counted: &[Counted]) -> Counted {
-    let mut all = Counted::default();
-    for c in counted {
-        all.seconds += c.seconds;
-        all.sent += c.sent;
-        all.received += c.received;
-        all.received_bytes += c.received_bytes;
-        all.lost += c.lost;
-        all.idle_share += c.idle_share * c.seconds;
+/// The CPU time of a process from now on, if there is one.
+pub struct CpuTime {
+    before: Option<(u32, u64)>,
+}
+
+impl CpuTime {
+    /// From now on.
+    pub fn start(pid: Option<u32>) -> Result<Self> {
+        let before = pid.map(|pid| procstat::cpu_time_ns(pid).map(|ns| (pid, ns))).transpose()?;
+        Ok(Self { before })
     }
-    all.idle_share /= all.seconds;
-    all
-}
 
-/// Prints it; fails if nothing moved.
-pub fn publish(common: &Common, outcome: &Outcome) -> Result<()> {
-    let all = sum(&outcome.counted);
-    let spread = |wanted: bool, rate: fn(&Counted) -> f64| {
-        wanted.then(|| Spread::of(outcome.counted.iter().map(rate)))
-    };
-    let json = Json {
-        socket: &common.socket,
-        packed: common.packed,
-        ring_size: common.ring_size,
-        burst: common.burst,
-        frame_bytes: common.frame(),
-        touch: common.touch,
-        seconds: all.seconds,
-        sent: all.sent,
-        received: all.received,
-        received_bytes: all.received_bytes,
-        lost: all.lost,
-        tx_mpps: outcome.sends.then_some(all.sent_mpps()),
-        rx_mpps: outcome.receives.then_some(all.received_mpps()),
-        tx_mpps_intervals: spread(outcome.sends, Counted::sent_mpps),
-        rx_mpps_intervals: spread(outcome.receives, Counted::received_mpps),
-        idle_share: all.idle_share,
-        kicks: outcome.kicks,
-        checked: outcome.checked,
-    };
-    write(common.json.as_deref(), &json, &text(&json))?;
-    ensure!(!outcome.sends || all.sent > 0, "the back-end has taken no packet");
-    ensure!(!outcome.receives || all.received > 0, "no packet came from the back-end");
-    Ok(())
+    /// Per time.
+    pub fn share(&self, seconds: f64) -> Result<Option<f64>> {
+        let Some((pid, before)) = self.before else { return Ok(None) };
+        Ok(Some((procstat::cpu_time_ns(pid)? - before) as f64 / 1e9 / seconds))
+    }
 }
 
 /// Text to stdout, JSON to where it is wanted; JSON on stdout stands alone.
-fn write(path: Option<&Path>, json: &impl Serialize, text: &str) -> Result<()> {
-    let Some(path) = path else {
-        print!("{text}");
+pub fn publish(
+    setup: &Setup,
+    sockets: &[impl AsRef<Path>],
+    json: Option<&Path>,
+    it: &Measured,
+) -> Result<()> {
+    let Some(path) = json else {
+        print!("{}", text(it));
         return Ok(());
     };
-    let json = serde_json::to_string_pretty(json)?;
+    let sockets: Vec<_> = sockets.iter().map(AsRef::as_ref).collect();
+    let all = serde_json::json!({ "sockets": sockets, "setup": setup, "measured": it });
+    let all = serde_json::to_string_pretty(&all)?;
     if path == Path::new("-") {
-        println!("{json}");
+        println!("{all}");
         return Ok(());
     }
-    print!("{text}");
-    std::fs::write(path, json).with_context(|| path.display().to_string())
+    print!("{}", text(it));
+    std::fs::write(path, all).with_context(|| path.display().to_string())
 }
 
-fn text(j: &Json<'_>) -> String {
+fn text(it: &Measured) -> String {
     let mut out = String::new();
-    for (name, rate) in [("to the back-end", &j.tx_mpps_intervals), ("from it", &j.rx_mpps_intervals)] {
+    for (name, rate) in [("to the back-end", &it.tx_mpps_intervals), ("from it", &it.rx_mpps_intervals)] {
         if let Some(rate) = rate {
             out.push_str(&format!("{name}: {} Mpps\n", rate.show(2)));
         }
     }
-    let idle = j.idle_share * 100.0;
-    let whose = if j.idle_share >= 0.5 { "the back-end's limit" } else { "the front-end's limit, or nearly" };
-    out.push_str(&format!("front-end idle {idle:.0} % of {:.1} s: {whose}; {} kicks\n", j.seconds, j.kicks));
-    if let Some(checked) = j.checked {
-        out.push_str(&format!("{checked} packets looked into: all good\n"));
+    if let Some(p) = &it.round_trip {
+        let us = |ns: u64| ns as f64 / 1e3;
+        out.push_str(&format!(
+            "round trips: {}, p50 {:.2} us, p90 {:.2}, p99 {:.2}, p99.9 {:.2}, longest {:.1}; {} lost\n",
+            p.packets,
+            us(p.p50_ns),
+            us(p.p90_ns),
+            us(p.p99_ns),
+            us(p.p999_ns),
+            us(p.max_ns),
+            p.lost
+        ));
+    } else {
+        let whose = if it.idle_share >= IDLE_MIN { "the back-end's limit" } else { "the front-end's limit" };
+        let (idle, seconds) = (it.idle_share * 100.0, it.seconds);
+        out.push_str(&format!("front-end idle {idle:.0} % of {seconds:.1} s: {whose}; {} kicks\n", it.kicks));
+    }
+    if it.by_port.len() > 1 {
+        let (min, max) = (it.by_port.iter().min().unwrap_or(&0), it.by_port.iter().max().unwrap_or(&0));
+        let mean = it.by_port.iter().sum::<u64>() as f64 / it.by_port.len() as f64;
+        out.push_str(&format!("packets by port: {min} to {max}, mean {mean:.0}\n"));
+    }
+    if let Some(share) = it.backend_cpu_share {
+        out.push_str(&format!("back-end: {share:.3} of a CPU\n"));
+    }
+    if it.lost > 0 {
+        out.push_str(&format!("{} packets lost\n", it.lost));
+    }
+    if it.checked > 0 {
+        out.push_str(&format!("{} packets looked into: all good\n", it.checked));
     }
     out
 }

@@ -149,7 +149,7 @@ fn a_full_uplink_loses_and_reorders_nothing() {
         rig.uplink.state().refuse.push_back(Refuse::Full);
         assert!(matches!(rig.transmit(), End::UplinkFull));
         assert_eq!(rig.queue.in_flight(), 0);
-        assert_eq!(usize::from(rig.queue.base()), round);
+        assert_eq!(rig.queue.base() as usize, round);
         assert!(matches!(rig.transmit_up_to(1), End::Budget));
         sent.extend(rig.uplink.sent());
     }

@@ -17,8 +17,9 @@ pub(in crate::session) fn set_vring_num<F: 'static>(
 ) -> Result<Answer, Fault> {
     let VringState { index, num } = call.body()?;
     let index = session.ring_index(index.into())?;
-    // VIRTIO 1.3 §2.7
-    if !num.is_power_of_two() || num > RING_SIZE_MAX {
+    // VIRTIO 1.3 §2.7, §2.8.10.1
+    let fits = num.is_power_of_two() || (session.agreed.packed() && num != 0);
+    if !fits || num > RING_SIZE_MAX {
         return Err(Refusal::RingSize(num).into());
     }
     let ring = &mut session.rings[usize::from(index)];
@@ -30,19 +31,22 @@ pub(in crate::session) fn set_vring_num<F: 'static>(
     Ok(Answer::Ack)
 }
 
-/// Split rings only: a 16-bit index.
+/// Split rings: a 16-bit index. Packed ones: two of 15 bits, each with its wrap counter (vhost-user: Vring descriptor
+/// indices for packed virtqueues).
 pub(in crate::session) fn set_vring_base<F: 'static>(
     session: &mut Session<F>,
     call: &mut Call<F>,
 ) -> Result<Answer, Fault> {
     let VringState { index, num } = call.body()?;
     let index = session.ring_index(index.into())?;
-    let base = u16::try_from(num).map_err(|_| Refusal::RingBase(num))?;
+    if num > u16::MAX.into() && !session.agreed.packed() {
+        return Err(Refusal::RingBase(num).into());
+    }
     let ring = &mut session.rings[usize::from(index)];
     if ring.running {
         return Err(Refusal::RingRunning(index).into());
     }
-    ring.base = base;
+    ring.base = Some(num);
     Ok(Answer::Ack)
 }
 

@@ -77,7 +77,7 @@ impl CheckedOwner {
             }
             Effect::StopRing { index } => {
                 self.rings[usize::from(*index)] = None;
-                return Outcome::Base(self.bases[usize::from(*index)]);
+                return Outcome::Base(self.bases[usize::from(*index)].into());
             }
             Effect::SetCall { .. }
             | Effect::SetErr { .. }

@@ -113,6 +113,69 @@ fn the_end_may_come_at_any_time() {
     }
 }
 
+/// QEMU, when precopy was enough: neither LISTEN nor END follow the advice. The first ring that starts ends it, once, whether by
+/// its own message or by memory that comes last.
+#[test]
+fn a_ring_that_starts_without_listen_ends_it() {
+    for memory_last in [false, true] {
+        let mut lab = Lab::agreed();
+        for _pair in 0..2 {
+            lab.send(Id::PostcopyAdvise, &[], 0);
+        }
+        if memory_last {
+            for index in 0..4 {
+                assert!(effects(lab.ring_up(index)).is_empty());
+                assert_eq!(lab.session.postcopy(), Phase::Advised, "ring {index} does not run yet");
+            }
+        }
+        let mut told = effects(lab.send(Id::SetMemTable, &table(&[region(0)]), 1));
+        if !memory_last {
+            assert_eq!(lab.session.postcopy(), Phase::Advised, "memory alone says nothing");
+            told = effects(lab.ring_up(0));
+        }
+        let first = told.iter().position(|effect| matches!(effect, Effect::StartRing { .. }));
+        let ends: Vec<_> = (0..told.len()).filter(|at| matches!(told[*at], Effect::PostcopyEnd)).collect();
+        assert_eq!(ends, [first.unwrap() + 1], "{told:?}");
+        assert_eq!(lab.session.postcopy(), Phase::Idle);
+        // Memory is ordinary memory, and rings come and go.
+        lab.send(Id::GetVringBase, &state(0, 0), 0);
+        assert!(!effects(lab.ring_up(0)).contains(&Effect::PostcopyEnd));
+        let steps = lab.send(Id::SetMemTable, &table(&[region(0)]), 1);
+        assert!(
+            matches!(steps[..], [Step::Effect(Effect::SetMemTable { postcopy: false, .. })]),
+            "{steps:?}"
+        );
+        // A front-end that says END all the same is answered, and it is no mistake.
+        let steps = lab.send(Id::PostcopyEnd, &[], 0);
+        assert_eq!((reply_u64(Id::PostcopyEnd, &steps), steps.len()), (0, 1), "{steps:?}");
+        // LISTEN is too late: the ring has touched what has not arrived.
+        let steps = lab.send(Id::PostcopyListen, &[], 0);
+        assert_eq!(refusal(&steps), &Refusal::PostcopyPhase { phase: Phase::Idle });
+        // Another migration to here is another beginning.
+        lab.send(Id::PostcopyAdvise, &[], 0);
+        let steps = lab.send(Id::PostcopyListen, &[], 0);
+        assert_eq!((reply_u64(Id::PostcopyListen, &steps), lab.session.postcopy()), (0, Phase::Listening));
+    }
+}
+
+/// A ring that cannot be started has touched nothing.
+#[test]
+fn a_ring_that_does_not_start_ends_nothing() {
+    let mut lab = Lab::agreed();
+    lab.send(Id::PostcopyAdvise, &[], 0);
+    lab.send(Id::SetMemTable, &table(&[region(0)]), 1);
+    lab.refuse_after = Some(0);
+    let told = effects(lab.ring_up(0));
+    assert!(matches!(told[..], [Effect::StartRing { .. }]), "{told:?}");
+    assert_eq!(lab.session.postcopy(), Phase::Advised);
+    // After LISTEN rings start and end nothing.
+    let mut lab = listening(false);
+    lab.send(Id::SetMemTable, &table(&[region(0)]), 1);
+    acknowledge(&mut lab, Id::SetMemTable);
+    assert!(!effects(lab.ring_up(0)).contains(&Effect::PostcopyEnd));
+    assert_eq!(lab.session.postcopy(), Phase::Armed);
+}
+
 /// An owner that cannot end it well has still ended it: the front-end learns it, and another migration may come.
 #[test]
 fn a_bad_end_is_told() {

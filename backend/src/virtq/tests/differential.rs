@@ -365,7 +365,7 @@ impl Bench {
         let theirs = self.theirs.needs_notification(&self.their_memory).unwrap();
         let new = self.driver.used_idx();
         let old = self.decided;
-        if old == Some(new) || (old.is_none() && new == self.driver.config.base) {
+        if old == Some(new) || (old.is_none() && u32::from(new) == self.driver.config.base) {
             assert!(!ours, "nothing new");
             return;
         }

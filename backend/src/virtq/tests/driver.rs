@@ -37,6 +37,9 @@ impl Driver {
     /// A ring at `origin` in memory that exists.
     pub fn sharing(mem: GuestMemory, file: File, origin: u64, size: u16) -> Self {
         let config = QueueConfig {
+            packed: false,
+            in_order: false,
+            transmit: false,
             size,
             base: 0,
             desc_user: USER_BASE + origin + DESC,
@@ -52,7 +55,7 @@ impl Driver {
     /// As if the ring had been in use up to `base`.
     pub fn starting_at(size: u16, base: u16) -> Self {
         let mut driver = Self::new(size);
-        driver.config.base = base;
+        driver.config.base = base.into();
         driver.set_avail_idx(base);
         driver.put16(driver.origin + USED + 2, base);
         driver

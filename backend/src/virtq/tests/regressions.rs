@@ -36,7 +36,7 @@ fn vhost_375_a_restarted_ring_goes_on_where_it_stopped() {
     queue.publish();
     let base = queue.base();
     assert_eq!(base, 65535, "the chain in work is not done");
-    let config = QueueConfig { base, ..driver.config };
+    let config = QueueConfig { base: base.into(), ..driver.config };
     let mut queue = SplitQueue::new(&driver.mem, &config).unwrap();
     assert_eq!(queue.enable_kicks(), Ok(true));
     assert!(!queue.resynced());

@@ -60,7 +60,7 @@ impl Wire {
         let [(a, of_a), (b, of_b)] = wire(side("a", pairs[0]), side("b", pairs[1])).unwrap();
         let mut it = Self {
             reactor: Reactor::new().unwrap(),
-            datapath: Datapath::new(Poll::Never),
+            datapath: Datapath::new(Poll::Never, Arc::default()),
             ends: Vec::new(),
             ports: [a, b],
             events: Vec::new(),

@@ -131,7 +131,7 @@ fn a_peer_that_keeps_changing_full_eventfds_uses_up_nothing() {
     // Restarts do not pile up writes either.
     for _ in 0..300 {
         rig.start(Transmit, true);
-        rig.tx.config.base = rig.tx.used_idx();
+        rig.tx.config.base = rig.tx.used_idx().into();
         rig.guest_sends(1, 60);
         rig.turn();
     }

@@ -91,7 +91,7 @@ impl Rig {
         let rx = Driver::sharing(memory.clone(), file.try_clone().unwrap(), 0, SIZE);
         let tx = Driver::sharing(memory.clone(), file, TX_ORIGIN, SIZE);
         let counters = Arc::<PairCounters>::default();
-        let mut datapath = Datapath::new(poll);
+        let mut datapath = Datapath::new(poll, Arc::default());
         datapath.attach(Attachment {
             key: KEY,
             uplink: queue,
@@ -163,7 +163,7 @@ impl Rig {
         self.done(Command::Start { direction, config, kick: Some(kick), enabled });
     }
 
-    pub fn stop(&mut self, direction: Direction) -> u16 {
+    pub fn stop(&mut self, direction: Direction) -> u32 {
         match self.command(Command::Stop { direction }) {
             Reply::Base(base) => base,
             other => panic!("{other:?}"),

@@ -1,0 +1,120 @@
+//! Bursts on packed rings: chains of one direct descriptor in one loop, and the hints that go before. As in `burst`.
+#![forbid(unsafe_code)]
+
+use super::burst::{Access, LINE_BYTES, Single};
+use super::packed::{Kept, PackedQueue};
+use super::queue::QueueError;
+use crate::memory::GuestMemory;
+use crate::memory::packed_ring::{AVAIL, INDIRECT, NEXT, USED, WRITE, Word};
+
+/// Descriptors in a cache line.
+const DESCRIPTORS_PER_LINE: u32 = 4;
+
+impl PackedQueue {
+    /// Takes chains of one direct descriptor off the ring, as the same method of `SplitQueue`.
+    ///
+    /// # Errors
+    /// The ring is missing.
+    #[inline]
+    pub fn pop_singles(&mut self, access: Access, out: &mut [Single]) -> Result<usize, QueueError> {
+        let ring = self.ring.access()?;
+        let size = ring.size();
+        let room = out.len().min((size - self.taken) as usize);
+        let direction = if access == Access::Writable { WRITE } else { 0 };
+        let mut at = self.avail;
+        let mut taken = 0;
+        for single in &mut out[..room] {
+            let word = ring.word(at.slot);
+            // NEXT, INDIRECT, or the other direction: not one of these.
+            let plain = word.matches(AVAIL | USED | NEXT | INDIRECT | WRITE, at.available() | direction);
+            if !plain || word.bytes() == 0 {
+                break;
+            }
+            *single = Single { gpa: ring.addr(at.slot), len: word.bytes(), head: word.id() };
+            taken += 1;
+            at = at.forth(1, size);
+            #[cfg(debug_assertions)]
+            self.ids.push_back(word.id());
+        }
+        self.avail = at;
+        self.taken += taken;
+        self.popped = self.popped.wrapping_add(taken);
+        Ok(taken as usize)
+    }
+
+    /// Completes the oldest chains in work, each given by its id and the bytes that were written into it. Visible with
+    /// [`Self::publish`].
+    #[inline]
+    pub fn push_all(&mut self, chains: impl Iterator<Item = (u16, u32)>) {
+        if !self.long.is_empty() {
+            return chains.for_each(|(head, len)| self.push(head, len));
+        }
+        let size = self.ring.size();
+        let ring = self.ring.access_known();
+        let mut at = self.used;
+        let mut kept = self.kept;
+        let mut count = 0;
+        for (head, len) in chains {
+            #[cfg(debug_assertions)]
+            assert_eq!(self.ids.pop_front(), Some(head), "chains must be completed in ring order");
+            let word = Word::new(len, head, at.used() | if len == 0 { 0 } else { WRITE });
+            match &mut kept {
+                None => kept = Some(Kept { slot: at.slot, word }),
+                Some(kept) if self.batch => kept.word = kept.word.with_id(head),
+                Some(_) => ring.store(at.slot, word),
+            }
+            at = at.forth(1, size);
+            count += 1;
+        }
+        self.kept = kept;
+        self.used = at;
+        self.pushed = self.pushed.wrapping_add(count);
+    }
+
+    /// Asks the CPU for all that the next `n` chains will need, as the same method of `SplitQueue`.
+    pub fn prefetch_burst(&mut self, mem: &GuestMemory, n: u16) {
+        let (mut at, size) = (self.avail, self.ring.size());
+        self.prefetch_slots(at.slot, n.into());
+        let Ok(ring) = self.ring.access() else { return };
+        for _ in 0..u32::from(n).min(size) {
+            if !ring.word(at.slot).matches(AVAIL | USED, at.available()) {
+                return;
+            }
+            let addr = ring.addr(at.slot);
+            mem.prefetch_write(addr);
+            mem.prefetch_write(addr.wrapping_add(LINE_BYTES));
+            at = at.forth(1, size);
+        }
+    }
+
+    /// Asks the CPU for the descriptors that the next `n` chains will be used by.
+    #[inline]
+    pub fn prefetch_used(&mut self, n: u16) {
+        self.prefetch_slots(self.used.slot, n.into());
+    }
+
+    /// Asks for the lines of `n` slots from `first` on, to be written.
+    #[inline]
+    fn prefetch_slots(&mut self, first: u32, n: u32) {
+        let size = self.ring.size();
+        let Ok(ring) = self.ring.access() else { return };
+        for ahead in (0..n.min(size)).step_by(DESCRIPTORS_PER_LINE as usize) {
+            let slot = first + ahead;
+            ring.prefetch_write(if slot >= size { slot - size } else { slot });
+        }
+    }
+
+    /// Asks the CPU for the first lines of the buffer of the chain that is `ahead` places behind the next, if each chain has
+    /// one descriptor, as the same method of `SplitQueue`.
+    #[inline]
+    pub fn prefetch_buffer(&mut self, mem: &GuestMemory, ahead: u16) {
+        let size = self.ring.size();
+        let at = self.avail.forth(u32::from(ahead).min(size), size);
+        let Ok(ring) = self.ring.access() else { return };
+        if ring.word(at.slot).matches(AVAIL | USED, at.available()) {
+            let addr = ring.addr(at.slot);
+            mem.prefetch_write(addr);
+            mem.prefetch_write(addr.wrapping_add(LINE_BYTES));
+        }
+    }
+}

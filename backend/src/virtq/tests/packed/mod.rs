@@ -1,0 +1,4 @@
+//! Packed queues against drivers good and bad.
+
+pub(crate) mod driver;
+mod oracle;
