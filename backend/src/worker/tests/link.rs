@@ -136,7 +136,7 @@ impl Wire {
 
     fn stop(&mut self, end: usize, direction: Direction) -> u16 {
         match self.command(end, Command::Stop { direction }) {
-            Some(Reply::Base(base)) => base,
+            Some(Reply::Base(base)) => base as u16,
             other => panic!("{other:?}"),
         }
     }
