@@ -1,5 +1,5 @@
 //! Who notifies whom: the order of stores and loads by which no notification is lost, and the decision (VIRTIO 1.3 §2.7.7,
-//! §2.7.10). Driver and device do the same, each with the other's words, in both directions:
+//! §2.7.10; packed rings: §2.8.10, §2.8.14). Driver and device do the same, each with the other's words, in both directions:
 //!
 //! ```text
 //!   one that wants to sleep                     one that has something to say
@@ -9,11 +9,11 @@
 //! ```
 //! Each loads what the other has stored. Without the fences both loads may come before both stores: the one sleeps, the other
 //! does not notify. Processors do that (x86 too), so code that keeps the order in the source alone fails rarely, and for
-//! ever. The tests show it under loom.
+//! ever. `tests/notification_order.rs` shows it under loom; it is
+//! compiled with this file, so nothing of the crate is used here. (On a packed ring, a descriptor's flags are the index.)
 #![forbid(unsafe_code)]
 
-use crate::memory::ring::RingAccess;
-use std::sync::atomic::{Ordering, fence};
+use super::place::Place;
 
 /// "Do not notify me": NO_NOTIFY of the used ring's flags, NO_INTERRUPT of the available ring's.
 pub(crate) const UNWANTED: u16 = 1;
@@ -30,30 +30,6 @@ pub(crate) trait Words {
     fn event(&self) -> Option<u16>;
     /// A full fence.
     fn fence(&self);
-}
-
-/// The device's side.
-impl Words for RingAccess<'_> {
-    #[inline(always)]
-    fn store_flags(&self, flags: u16) {
-        self.store_used_flags(flags);
-    }
-    #[inline(always)]
-    fn store_event(&self, event: u16) {
-        self.store_avail_event(event);
-    }
-    #[inline(always)]
-    fn flags(&self) -> u16 {
-        self.avail_flags()
-    }
-    #[inline(always)]
-    fn event(&self) -> Option<u16> {
-        self.used_event()
-    }
-    #[inline(always)]
-    fn fence(&self) {
-        fence(Ordering::SeqCst);
-    }
 }
 
 /// Asks to be notified when index `next` is passed. `already`: the flags say so. Look at the index once more after this, and
@@ -83,12 +59,56 @@ pub(crate) fn is_wanted(words: &impl Words, old: Option<u16>, new: u16, count: u
     }
 }
 
+/// Flags of a packed ring's event suppression structure (§2.8.14): notify always, never, or at the place beside them.
+pub(crate) const EVENT_ENABLE: u16 = 0;
+pub(crate) const EVENT_DISABLE: u16 = 1;
+pub(crate) const EVENT_DESC: u16 = 2;
+/// The other bits are reserved.
+const EVENT_MASK: u16 = 3;
+
+/// The event suppression structures of a packed ring, as one side sees them. Each is one word, so that its halves are never seen
+/// apart.
+pub(crate) trait PackedWords {
+    /// Ours: place and flags.
+    fn store_event(&self, off_wrap: u16, flags: u16);
+    /// The other side's.
+    fn event(&self) -> (u16, u16);
+    /// A full fence.
+    fn fence(&self);
+}
+
+/// As [`ask`], on a packed ring: to be notified when the descriptor at `next` has been written.
+#[inline(always)]
+pub(crate) fn ask_packed(words: &impl PackedWords, event_idx: bool, next: Place) {
+    words.store_event(next.off_wrap(), if event_idx { EVENT_DESC } else { EVENT_ENABLE });
+    words.fence();
+}
+
+/// As [`is_wanted`], on a packed ring of `size` slots, of which `count` have been written from `old` on.
+#[inline(always)]
+pub(crate) fn is_wanted_packed(
+    words: &impl PackedWords,
+    event_idx: bool,
+    size: u32,
+    old: Option<Place>,
+    count: u32,
+) -> bool {
+    words.fence();
+    let (off_wrap, flags) = words.event();
+    match flags & EVENT_MASK {
+        EVENT_DISABLE => false,
+        EVENT_DESC if event_idx => match (Place::parse(off_wrap, size), old) {
+            // Twice round: every event was passed.
+            (Some(event), Some(old)) if count < 2 * size => old.until(event, size) < count,
+            // Nobody knows what was announced before us: the first time always notifies.
+            _ => true,
+        },
+        _ => true,
+    }
+}
+
 /// `vring_need_event`: whether `event` is among the indices `old .. new` that were just passed (§2.7.10.1).
 #[inline(always)]
 fn event_passed(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
-
-#[cfg(test)]
-#[path = "tests/notify.rs"]
-mod tests;

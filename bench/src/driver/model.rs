@@ -119,7 +119,7 @@ fn random_walk(memory: &Mapping, mut ring: impl Ring, mut device: impl Device) {
                         id,
                         address: u64::from(packets) << 20 | 1 << 40,
                         len: packets,
-                        write: packets % 3 == 0,
+                        write: packets.is_multiple_of(3),
                     };
                     ring.prepare(1);
                     ring.post(buffer);
@@ -138,7 +138,7 @@ fn random_walk(memory: &Mapping, mut ring: impl Ring, mut device: impl Device) {
                     } else {
                         assert!(shown.is_empty());
                     }
-                    if !held.is_empty() && (last || random(&mut state) % 2 == 0) {
+                    if !held.is_empty() && (last || random(&mut state).is_multiple_of(2)) {
                         let id = held.swap_remove(random(&mut state) as usize % held.len());
                         let len = random(&mut state) as u32 % 4;
                         device.push(memory, id, len);

@@ -189,6 +189,9 @@ pub struct LoopArgs {
     /// Packets in flight from each port
     #[arg(long, default_value_t = IN_FLIGHT)]
     in_flight: usize,
+    /// Only from the first port to the second
+    #[arg(long, requires = "peer_socket")]
+    one_way: bool,
     #[command(flatten)]
     common: Common,
 }
@@ -199,7 +202,7 @@ impl LoopArgs {
         ensure!(self.in_flight > 0, "--in-flight must be positive");
         self.common.begin()?;
         let sockets = self.ends.all();
-        let measured = run_closed(&self.common.setup, &sockets, self.in_flight)?;
+        let measured = run_closed(&self.common.setup, &sockets, self.in_flight, self.one_way)?;
         result::publish(&self.common.setup, &sockets, self.common.json.as_deref(), &measured)
     }
 }

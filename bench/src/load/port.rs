@@ -56,8 +56,8 @@ impl<R: Ring> Port<R> {
             ring_size: options.ring_size,
             buffer_len: [options.receive_len, (HEADER + options.frame) as u32],
         });
-        let (file, len) = memory_file(&layout, options.hugepages)?;
-        let memory = Arc::new(Mapping::of_file(&file, len)?);
+        let (file, memory) = guest_memory(layout.bytes(), options.hugepages)?;
+        let (len, memory) = (memory.len(), Arc::new(memory));
         let places = [layout.ring(RX), layout.ring(TX)];
         let buffers =
             [RX, TX].map(|r| Buffers::new(&memory, layout.buffers(r), layout.stride(r), options.ring_size));
@@ -78,7 +78,11 @@ impl<R: Ring> Port<R> {
         let [rx_ring, tx_ring] = rings;
         let mut bytes = vec![0; HEADER + options.frame];
         for id in 0..options.ring_size {
-            packet::build(id.into(), &mut bytes);
+            if options.frame > packet::FRAME_MAX {
+                packet::build_tso(&mut bytes);
+            } else {
+                packet::build(id.into(), &mut bytes);
+            }
             tx_buffers.write(id, &bytes);
             // Touched once, so that no page is missing later.
             rx_buffers.write(id, &vec![0; rx_buffers.len() as usize]);
@@ -107,14 +111,16 @@ impl<R: Ring> Port<R> {
     }
 }
 
-fn memory_file(layout: &Layout, huge: bool) -> Result<(File, u64)> {
+/// New guest memory of at least so many bytes, as a file and mapped.
+pub fn guest_memory(len: u64, huge: bool) -> Result<(File, Mapping)> {
     let (flags, page) = if huge {
         (MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB, HUGEPAGE)
     } else {
         (MFdFlags::empty(), PAGE)
     };
     let file: File = memfd_create("guest", flags | MFdFlags::MFD_CLOEXEC).context("guest memory")?.into();
-    let len = layout.bytes(page);
+    let len = len.next_multiple_of(page);
     file.set_len(len)?;
-    Ok((file, len))
+    let mapping = Mapping::of_file(&file, len)?;
+    Ok((file, mapping))
 }
