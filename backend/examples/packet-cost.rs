@@ -1,8 +1,8 @@
-//! What a packet costs in instructions: the receive or transmit path of a queue pair over a split ring in a memfd, one
+//! What a packet costs in instructions: the receive or transmit path of a queue pair over a ring in a memfd, one
 //! descriptor per packet, the null uplink, frames of 64 bytes, no kicks and no calls. To be counted by callgrind:
 //!
 //! ```text
-//! packet-cost tx|rx PACKETS [all-arrived]      valgrind --tool=callgrind --toggle-collect='packet_cost::device*' …
+//! packet-cost tx|rx PACKETS [all-arrived] [packed [in-order]]     valgrind --tool=callgrind --toggle-collect='packet_cost::device*' …
 //! ```
 //! Only `device` is the program's own; the driver beside it makes system calls. With `all-arrived` the memory is as in
 //! postcopy when everything has come. The difference between N and 2 N packets, divided by N, is what one costs
@@ -109,17 +109,31 @@ fn main() {
     let mut args = std::env::args().skip(1);
     let direction = args.next().unwrap_or_default();
     let packets: u64 = args.next().and_then(|n| n.parse().ok()).unwrap_or(0);
-    let arrived = args.next().is_some();
+    let words: Vec<String> = args.collect();
+    let [arrived, packed, in_order] =
+        ["all-arrived", "packed", "in-order"].map(|word| words.iter().any(|given| given == word));
     assert!(
         ["tx", "rx"].contains(&direction.as_str()) && packets > 0,
-        "packet-cost tx|rx PACKETS [all-arrived]"
+        "packet-cost tx|rx PACKETS [all-arrived] [packed [in-order]]"
     );
     let receives = direction == "rx";
 
     let file = File::from(memfd_create("guest", MFdFlags::MFD_CLOEXEC).expect("memfd"));
     file.set_len(MEMORY).expect("length");
     let write = |at: u64, bytes: &[u8]| file.write_all_at(bytes, at).expect("guest memory");
-    for i in 0..u64::from(SIZE) {
+    // Available in a packed ring, in a round with this wrap counter.
+    let offer = |first: u16, wrap: bool| {
+        for i in (first..).take(BURST.into()).map(u64::from) {
+            let len = if receives { 2048u32 } else { (HEADER + FRAME) as u32 };
+            let mut descriptor = (BUFFERS + i * 4096).to_le_bytes().to_vec();
+            descriptor.extend(len.to_le_bytes());
+            descriptor.extend((i as u16).to_le_bytes());
+            descriptor
+                .extend((if receives { 2 } else { 0 } | if wrap { 0x80 } else { 0x8000u16 }).to_le_bytes());
+            write(DESC + 16 * i, &descriptor);
+        }
+    };
+    for i in 0..u64::from(if packed { 0 } else { SIZE }) {
         let len = if receives { 2048u32 } else { (HEADER + FRAME) as u32 };
         let mut descriptor = (BUFFERS + i * 4096).to_le_bytes().to_vec();
         descriptor.extend(len.to_le_bytes());
@@ -129,7 +143,7 @@ fn main() {
         write(AVAIL + 4 + 2 * i, &(i as u16).to_le_bytes());
     }
     // No calls.
-    write(AVAIL, &1u16.to_le_bytes());
+    write(AVAIL + if packed { 2 } else { 0 }, &1u16.to_le_bytes());
 
     let spec = RegionSpec { guest_phys: 0, size: MEMORY, user_addr: USER, mmap_offset: 0 };
     let fd: OwnedFd = file.try_clone().expect("a second descriptor").into();
@@ -142,12 +156,15 @@ fn main() {
     }
     let config = QueueConfig {
         #[cfg(not(before_queue))]
-        packed: false,
+        packed,
         #[cfg(not(before_queue))]
-        in_order: false,
+        in_order,
         #[cfg(not(before_queue))]
         transmit: !receives,
         size: SIZE,
+        #[cfg(not(before_queue))]
+        base: if packed { 0x8000_8000 } else { 0 },
+        #[cfg(before_queue)]
         base: 0,
         desc_user: USER + DESC,
         avail_user: USER + AVAIL,
@@ -171,8 +188,13 @@ fn main() {
     let mut index = 0u16;
     let mut done = 0;
     while done < packets {
+        if packed {
+            offer(index % SIZE, (index / SIZE).is_multiple_of(2));
+        }
         index = index.wrapping_add(BURST);
-        write(AVAIL + 2, &index.to_le_bytes());
+        if !packed {
+            write(AVAIL + 2, &index.to_le_bytes());
+        }
         let used = device(&mut it);
         assert_eq!(used, u32::from(BURST), "a burst was not used");
         done += u64::from(used);

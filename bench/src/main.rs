@@ -20,6 +20,7 @@ mod procstat;
 mod raw;
 mod report;
 mod session;
+mod table;
 mod tap;
 mod testpmd;
 mod xdp;
@@ -39,6 +40,8 @@ enum Command {
     TapRaw(raw::Args),
     /// Put frames into an interface, at a fixed rate or as fast as possible
     Gen(generate::Args),
+    /// Everything about rings, peer links and many ports: ours, DPDK's and others' in turn, with verdicts and a picture
+    Table(table::Args),
     /// Compare back-ends with a tap uplink: ours, DPDK's, and the bare loops
     Tap(tap::Args),
     /// Compare back-ends with an AF_XDP uplink on a veth: ours, DPDK's, and the bare loops
@@ -63,6 +66,7 @@ fn main() -> Result<()> {
     match Cli::parse().command {
         Command::TapRaw(args) => raw::run(&args),
         Command::Gen(args) => generate::run(&args),
+        Command::Table(args) => table::run(&args),
         Command::Tap(args) => tap::run(&args),
         Command::Xdp(args) => xdp::run(&args),
         Command::XdpLoop(args) => xsk::run(&args),

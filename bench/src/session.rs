@@ -165,7 +165,7 @@ impl Session {
 
     /// The memory table: one region at guest address 0, `len` bytes of `file`, which this program has mapped at `user`.
     pub fn set_table(&self, file: &File, len: u64, user: u64) -> Result<()> {
-        self.order(msg::SET_MEM_TABLE, &mem_table(&[[0, len, user, 0]]), &[file.as_raw_fd()])?;
+        self.wire.tell(msg::SET_MEM_TABLE, &mem_table(&[[0, len, user, 0]]), &[file.as_raw_fd()])?;
         self.ping().map(drop)
     }
 

@@ -8,8 +8,10 @@ use anyhow::{Context, Result, ensure};
 use lab::{PATIENCE, until};
 use serde_json::Value;
 
-/// Seconds of each measurement.
-const SECONDS: &str = "0.2";
+/// Seconds of each measurement; more if a busy machine did not let enough packets through.
+const SECONDS: [&str; 3] = ["0.2", "2", "10"];
+/// Packets that must be looked into.
+const PACKETS: u64 = 1000;
 
 /// The back-end with the ports of a configuration file.
 struct BackEnd {
@@ -57,20 +59,32 @@ impl Drop for BackEnd {
 
 /// Runs vubench with checks; what it measured.
 fn vubench(load: &str, sockets: &[(&str, &Path)], more: &[&str]) -> Result<Value> {
+    let mut last = Ok(Value::Null);
+    for seconds in SECONDS {
+        last = vubench_for(seconds, load, sockets, more);
+        match &last {
+            Ok(measured) if measured["checked"].as_u64() < Some(PACKETS) => {}
+            Err(error) if error.to_string().contains("no packet") => {}
+            _ => return last,
+        }
+    }
+    ensure!(last.is_err(), "{load} {more:?}: too few packets: {last:?}");
+    last
+}
+
+fn vubench_for(seconds: &str, load: &str, sockets: &[(&str, &Path)], more: &[&str]) -> Result<Value> {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vubench"));
     command.arg(load);
     for (option, socket) in sockets {
         command.arg(option).arg(socket);
     }
-    command.args(["--check", "--json", "-", "--warm-up", "0.05", "--seconds", SECONDS]).args(more);
+    command.args(["--check", "--json", "-", "--warm-up", "0.05", "--seconds", seconds]).args(more);
     let output = command.env("RUST_BACKTRACE", "0").output()?;
     let errors = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{command:?}: {errors}");
     let mut all: Value = serde_json::from_slice(&output.stdout).context("JSON")?;
     let measured = all["measured"].take();
     eprintln!("{load} {more:?}: {measured}");
-    let checked = measured["checked"].as_u64().context("checked")?;
-    ensure!(checked > 1000, "{load} {more:?}: only {checked} packets were looked into");
     Ok(measured)
 }
 
@@ -82,8 +96,12 @@ fn sent_packets_stay_whole() -> Result<()> {
     {
         vubench("tx", &[("--socket", &socket)], more)?;
     }
+    vubench("tx", &[("--socket", &socket)], &["--packed"])?;
+    vubench("tx", &[("--socket", &socket)], &["--packed", "--event-idx", "--ring-size", "64"])?;
+    vubench("tx", &[("--socket", &socket)], &["--in-order"])?;
+    vubench("tx", &[("--socket", &socket)], &["--packed", "--in-order"])?;
     let paced = vubench("tx", &[("--socket", &socket)], &["--pps", "20000"])?;
-    ensure!(paced["tx_mpps"].as_f64().is_some_and(|mpps| mpps < 0.022), "{paced}");
+    ensure!(paced["tx_mpps"].as_f64().is_some_and(|mpps| mpps < 0.05), "{paced}");
     Ok(())
 }
 
@@ -96,6 +114,10 @@ fn received_packets_are_whole() -> Result<()> {
     // Each in several buffers.
     vubench("rx", &[("--socket", &long)], &["--receive-len", "512"])?;
     vubench("both", &[("--socket", &short)], &["--event-idx"])?;
+    vubench("rx", &[("--socket", &long)], &["--packed", "--receive-len", "512"])?;
+    vubench("both", &[("--socket", &short)], &["--packed"])?;
+    vubench("both", &[("--socket", &short)], &["--packed", "--in-order"])?;
+    vubench("both", &[("--socket", &short)], &["--in-order"])?;
     Ok(())
 }
 

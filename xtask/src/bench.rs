@@ -1,4 +1,5 @@
-//! `cargo xtask bench`: builds what is measured in release mode and runs `vubench`, which does the rest.
+//! `cargo xtask bench`: builds what is measured in release mode and runs `vubench`, which does the rest. Without a
+//! sub-command: the whole table.
 #![forbid(unsafe_code)]
 
 use std::process::Command;
@@ -12,11 +13,14 @@ use crate::{cargo, packet_cost, postcopy_qemu, target_dir};
 #[derive(Args)]
 pub struct Options {
     #[command(subcommand)]
-    what: What,
+    what: Option<What>,
 }
 
 #[derive(Subcommand)]
 enum What {
+    /// Rings, peer links, many ports, tap and AF_XDP: ours, DPDK's and others', with verdicts and a picture (what is done
+    /// without a sub-command)
+    Table(Rest),
     /// A tap uplink: ours, DPDK's net_vhost with net_tap, bare loops; rates, CPU time, idle ports, memory
     Tap(Rest),
     /// An AF_XDP uplink on a veth: ours, DPDK's net_vhost with net_af_xdp, bare loops; rates, CPU time
@@ -40,9 +44,18 @@ struct Rest {
     options: Vec<String>,
 }
 
+impl Rest {
+    /// Whether the caller says this option himself.
+    fn given(&self, name: &str) -> bool {
+        self.options.iter().any(|o| o == name || o.starts_with(&format!("{name}=")))
+    }
+}
+
 /// Builds and measures; false if the measurement failed (it has said why).
 pub fn run(options: &Options) -> Result<bool> {
-    match &options.what {
+    let Some(what) = &options.what else { return table(&Rest { options: Vec::new() }) };
+    match what {
+        What::Table(rest) => table(rest),
         What::Tap(rest) => compare("tap", rest),
         What::Xdp(rest) => compare("xdp", rest),
         What::Postcopy(rest) => compare("postcopy", rest),
@@ -56,7 +69,7 @@ pub fn run(options: &Options) -> Result<bool> {
 /// A comparison of ours with others: our program and where the JSON goes are given, unless the caller says so himself. (A
 /// name given twice is an error.)
 fn compare(what: &str, rest: &Rest) -> Result<bool> {
-    let given = |name: &str| rest.options.iter().any(|o| o == name || o.starts_with(&format!("{name}=")));
+    let given = |name: &str| rest.given(name);
     let mut measure = vubench()?;
     measure.arg(what);
     if what == "postcopy" {
@@ -68,6 +81,31 @@ fn compare(what: &str, rest: &Rest) -> Result<bool> {
     }
     if !given("--json") {
         measure.arg("--json").arg(target_dir().join(format!("bench-{what}.json")));
+    }
+    succeeds(measure.args(&rest.options))
+}
+
+/// The whole table. What a packet costs in instructions is counted here, as it needs valgrind and an example of the
+/// back-end.
+fn table(rest: &Rest) -> Result<bool> {
+    let given = |name: &str| rest.given(name);
+    let mut measure = vubench()?;
+    measure.arg("table");
+    if !given("--backend-bin") {
+        measure.arg("--backend-bin").arg(target_dir().join("release/vhost-user-net"));
+    }
+    for (option, file) in [("--json", "bench.json"), ("--picture", "bench.svg")] {
+        if !given(option) {
+            measure.arg(option).arg(target_dir().join(file));
+        }
+    }
+    if !given("--list") && !given("--only") && !given("--instructions-tx") {
+        match packet_cost::now() {
+            Ok([tx, rx]) => {
+                measure.args(["--instructions-tx", &tx.to_string(), "--instructions-rx", &rx.to_string()]);
+            }
+            Err(error) => eprintln!("note: no instruction counts: {error:#}"),
+        }
     }
     succeeds(measure.args(&rest.options))
 }

@@ -13,12 +13,13 @@
 //! after all that a used descriptor stands for. An event structure is one word as well, loaded and stored relaxed; its
 //! users put the full fence that §2.8.21 needs between a store and the load that follows.
 
+use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::dirty::DirtyLog;
-use super::guest::{prefetch_line, prefetch_line_write};
+use super::hint;
 use super::ring::{DESC_SIZE, MAX_QUEUE_SIZE, RingError, RingLayout, RingPart};
 use super::ring_parts::{Area, DESC_ALIGN};
 use super::{AccessError, GuestMemory, MissingRange, copy};
@@ -181,23 +182,34 @@ pub struct PackedAccess<'a> {
 }
 
 impl<'a> PackedAccess<'a> {
+    /// The descriptors from `first` to the end of the ring.
+    #[inline(always)]
+    pub fn slots_from(self, first: u32) -> Slots<'a> {
+        Slots { next: self.slot(first), left: self.view.size - first }
+    }
+
+    /// The descriptor in `slot`.
+    #[inline(always)]
+    pub fn slot(self, slot: u32) -> Slot<'a> {
+        Slot { at: self.desc(slot), _ring: PhantomData }
+    }
+
     /// Length, id and flags in `slot`, acquire.
     #[inline(always)]
     pub fn word(self, slot: u32) -> Word {
-        Word(u64::from_le(self.at(slot).load(Ordering::Acquire)))
+        self.slot(slot).word()
     }
 
     /// The address in `slot`.
     #[inline(always)]
     pub fn addr(self, slot: u32) -> u64 {
-        // SAFETY: the slot lies in the ring, as in `at`; Word in there has no alignment to keep.
-        unsafe { copy::load_word(self.desc(slot).as_ptr()) }
+        self.slot(slot).addr()
     }
 
     /// Stores length, id and flags in `slot`, release. Not logged: see [`Self::log_slots`].
     #[inline(always)]
     pub fn store(self, slot: u32, word: Word) {
-        self.at(slot).store(word.0.to_le(), Ordering::Release);
+        self.slot(slot).store(word);
     }
 
     /// Logs that `count` slots from `first` on, round the end of the ring, were written.
@@ -241,13 +253,13 @@ impl<'a> PackedAccess<'a> {
     /// Asks the CPU for the line of `slot`, as a hint.
     #[inline(always)]
     pub fn prefetch(self, slot: u32) {
-        prefetch_line(self.desc(slot));
+        hint::read(self.desc(slot).as_ptr());
     }
 
     /// Asks the CPU for the line of `slot`, which is going to be written, as a hint.
     #[inline(always)]
     pub fn prefetch_write(self, slot: u32) {
-        prefetch_line_write(self.desc(slot));
+        hint::write(self.desc(slot).as_ptr());
     }
 
     /// Entries.
@@ -264,11 +276,58 @@ impl<'a> PackedAccess<'a> {
         // SAFETY: the slot lies in the ring, which has `size` descriptors of 16 bytes.
         unsafe { self.view.desc.add(slot as usize * DESC_SIZE as usize) }
     }
+}
+
+/// A descriptor in the ring.
+#[derive(Clone, Copy)]
+pub struct Slot<'a> {
+    at: NonNull<u8>,
+    _ring: PhantomData<&'a PackedView>,
+}
+
+impl<'a> Slot<'a> {
+    /// Length, id and flags, acquire.
+    #[inline(always)]
+    pub fn word(self) -> Word {
+        Word(u64::from_le(self.atomic().load(Ordering::Acquire)))
+    }
+
+    /// The address.
+    #[inline(always)]
+    pub fn addr(self) -> u64 {
+        // SAFETY: the first word of a descriptor in the ring.
+        unsafe { copy::load_word(self.at.as_ptr()) }
+    }
+
+    /// Stores length, id and flags, release. Not logged: see [`PackedAccess::log_slots`].
+    #[inline(always)]
+    pub fn store(self, word: Word) {
+        self.atomic().store(word.0.to_le(), Ordering::Release);
+    }
 
     #[inline(always)]
-    fn at(self, slot: u32) -> &'a AtomicU64 {
+    fn atomic(self) -> &'a AtomicU64 {
         // SAFETY: the second word of a descriptor in the ring, which is 16-aligned and mapped as long as the view.
-        unsafe { AtomicU64::from_ptr(self.desc(slot).add(WORD).as_ptr().cast()) }
+        unsafe { AtomicU64::from_ptr(self.at.add(WORD).as_ptr().cast()) }
+    }
+}
+
+/// Descriptors that lie one behind the other.
+pub struct Slots<'a> {
+    next: Slot<'a>,
+    left: u32,
+}
+
+impl<'a> Iterator for Slots<'a> {
+    type Item = Slot<'a>;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Slot<'a>> {
+        self.left = self.left.checked_sub(1)?;
+        let slot = self.next;
+        // SAFETY: there was one more descriptor; the next one is in the ring, or its end.
+        self.next.at = unsafe { self.next.at.add(DESC_SIZE as usize) };
+        Some(slot)
     }
 }
 

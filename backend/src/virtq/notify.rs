@@ -9,13 +9,11 @@
 //! ```
 //! Each loads what the other has stored. Without the fences both loads may come before both stores: the one sleeps, the other
 //! does not notify. Processors do that (x86 too), so code that keeps the order in the source alone fails rarely, and for
-//! ever. The tests show it under loom. (On a packed ring, a descriptor's flags are the index.)
+//! ever. `tests/notification_order.rs` shows it under loom; it is
+//! compiled with this file, so nothing of the crate is used here. (On a packed ring, a descriptor's flags are the index.)
 #![forbid(unsafe_code)]
 
-use super::packed::Place;
-use crate::memory::packed_ring::PackedAccess;
-use crate::memory::ring::RingAccess;
-use std::sync::atomic::{Ordering, fence};
+use super::place::Place;
 
 /// "Do not notify me": NO_NOTIFY of the used ring's flags, NO_INTERRUPT of the available ring's.
 pub(crate) const UNWANTED: u16 = 1;
@@ -32,30 +30,6 @@ pub(crate) trait Words {
     fn event(&self) -> Option<u16>;
     /// A full fence.
     fn fence(&self);
-}
-
-/// The device's side.
-impl Words for RingAccess<'_> {
-    #[inline(always)]
-    fn store_flags(&self, flags: u16) {
-        self.store_used_flags(flags);
-    }
-    #[inline(always)]
-    fn store_event(&self, event: u16) {
-        self.store_avail_event(event);
-    }
-    #[inline(always)]
-    fn flags(&self) -> u16 {
-        self.avail_flags()
-    }
-    #[inline(always)]
-    fn event(&self) -> Option<u16> {
-        self.used_event()
-    }
-    #[inline(always)]
-    fn fence(&self) {
-        fence(Ordering::SeqCst);
-    }
 }
 
 /// Asks to be notified when index `next` is passed. `already`: the flags say so. Look at the index once more after this, and
@@ -103,22 +77,6 @@ pub(crate) trait PackedWords {
     fn fence(&self);
 }
 
-/// The device's side.
-impl PackedWords for PackedAccess<'_> {
-    #[inline(always)]
-    fn store_event(&self, off_wrap: u16, flags: u16) {
-        self.store_device_event(off_wrap, flags);
-    }
-    #[inline(always)]
-    fn event(&self) -> (u16, u16) {
-        self.driver_event()
-    }
-    #[inline(always)]
-    fn fence(&self) {
-        fence(Ordering::SeqCst);
-    }
-}
-
 /// As [`ask`], on a packed ring: to be notified when the descriptor at `next` has been written.
 #[inline(always)]
 pub(crate) fn ask_packed(words: &impl PackedWords, event_idx: bool, next: Place) {
@@ -154,7 +112,3 @@ pub(crate) fn is_wanted_packed(
 fn event_passed(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
-
-#[cfg(test)]
-#[path = "tests/notify.rs"]
-mod tests;

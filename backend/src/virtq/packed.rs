@@ -19,72 +19,15 @@
 #![forbid(unsafe_code)]
 
 use super::chain::{Chain, PackedWalkError};
-use super::notify;
+use super::notify::{self, PackedWords};
+use super::place::Place;
 use super::queue::{PopError, QueueConfig, QueueError};
 use super::split::pop_error;
 use crate::memory::GuestMemory;
-use crate::memory::packed_ring::{AVAIL, NEXT, PackedView, USED, WRITE, Word};
+use crate::memory::packed_ring::{AVAIL, NEXT, PackedAccess, PackedView, USED, WRITE, Word};
 
 use std::collections::VecDeque;
-
-/// The wrap counter beside an index or offset.
-const WRAP: u16 = 1 << 15;
-
-/// A place in the ring: a slot, and the wrap counter that is in force there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Place {
-    pub(super) slot: u32,
-    pub(super) wrap: bool,
-}
-
-impl Place {
-    /// From an index with the wrap counter in bit 15; `None` outside the ring.
-    pub(super) fn parse(off_wrap: u16, size: u32) -> Option<Self> {
-        let slot = u32::from(off_wrap & !WRAP);
-        (slot < size).then_some(Self { slot, wrap: off_wrap & WRAP != 0 })
-    }
-
-    /// As it is told to others.
-    #[inline]
-    pub(super) fn off_wrap(self) -> u16 {
-        self.slot as u16 | if self.wrap { WRAP } else { 0 }
-    }
-
-    /// The place `count` slots further, at most once round the ring.
-    #[inline(always)]
-    pub(super) fn forth(self, count: u32, size: u32) -> Self {
-        let slot = self.slot + count;
-        if slot >= size { Self { slot: slot - size, wrap: !self.wrap } } else { Self { slot, ..self } }
-    }
-
-    /// The place `count` slots before, at most once round the ring.
-    #[inline]
-    pub(super) fn back(self, count: u32, size: u32) -> Self {
-        match self.slot.checked_sub(count) {
-            Some(slot) => Self { slot, ..self },
-            None => Self { slot: self.slot + size - count, wrap: !self.wrap },
-        }
-    }
-
-    /// Slots from `self` on to `other`, of the two rounds that the wrap counter tells apart.
-    pub(super) fn until(self, other: Self, size: u32) -> u32 {
-        let position = |place: Self| place.slot + if place.wrap { 0 } else { size };
-        let (from, to) = (position(self), position(other));
-        if to >= from { to - from } else { to + 2 * size - from }
-    }
-
-    /// The flags of [`AVAIL`] and [`USED`] that make a descriptor available here.
-    #[inline(always)]
-    pub(super) fn available(self) -> u16 {
-        if self.wrap { AVAIL } else { USED }
-    }
-
-    /// The same for a used one.
-    #[inline(always)]
-    pub(super) fn used(self) -> u16 {
-        if self.wrap { AVAIL | USED } else { 0 }
-    }
-}
+use std::sync::atomic::{Ordering, fence};
 
 /// A used descriptor that is not in the ring yet.
 #[derive(Clone, Copy, Debug)]
@@ -360,5 +303,21 @@ impl PackedQueue {
     #[inline]
     pub fn first_waiting(&self) -> u16 {
         self.popped as u16
+    }
+}
+
+/// The device's side.
+impl PackedWords for PackedAccess<'_> {
+    #[inline(always)]
+    fn store_event(&self, off_wrap: u16, flags: u16) {
+        self.store_device_event(off_wrap, flags);
+    }
+    #[inline(always)]
+    fn event(&self) -> (u16, u16) {
+        self.driver_event()
+    }
+    #[inline(always)]
+    fn fence(&self) {
+        fence(Ordering::SeqCst);
     }
 }

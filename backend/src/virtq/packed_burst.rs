@@ -10,6 +10,12 @@ use crate::memory::packed_ring::{AVAIL, INDIRECT, NEXT, USED, WRITE, Word};
 /// Descriptors in a cache line.
 const DESCRIPTORS_PER_LINE: u32 = 4;
 
+/// A used descriptor of a chain of one.
+#[inline(always)]
+fn used_word(flags: u16, head: u16, len: u32) -> Word {
+    Word::new(len, head, flags | if len == 0 { 0 } else { WRITE })
+}
+
 impl PackedQueue {
     /// Takes chains of one direct descriptor off the ring, as the same method of `SplitQueue`.
     ///
@@ -21,20 +27,28 @@ impl PackedQueue {
         let size = ring.size();
         let room = out.len().min((size - self.taken) as usize);
         let direction = if access == Access::Writable { WRITE } else { 0 };
+        let mut out = out[..room].iter_mut();
         let mut at = self.avail;
         let mut taken = 0;
-        for single in &mut out[..room] {
-            let word = ring.word(at.slot);
-            // NEXT, INDIRECT, or the other direction: not one of these.
-            let plain = word.matches(AVAIL | USED | NEXT | INDIRECT | WRITE, at.available() | direction);
-            if !plain || word.bytes() == 0 {
-                break;
+        // To the end of the ring, then from its beginning.
+        'all: while out.len() > 0 {
+            let wanted = at.available() | direction;
+            let mut stretch = 0;
+            for (slot, single) in ring.slots_from(at.slot).zip(&mut out) {
+                let word = slot.word();
+                // NEXT, INDIRECT, or the other direction: not one of these.
+                if !word.matches(AVAIL | USED | NEXT | INDIRECT | WRITE, wanted) || word.bytes() == 0 {
+                    at.slot += stretch;
+                    taken += stretch;
+                    break 'all;
+                }
+                *single = Single { gpa: slot.addr(), len: word.bytes(), head: word.id() };
+                stretch += 1;
+                #[cfg(debug_assertions)]
+                self.ids.push_back(word.id());
             }
-            *single = Single { gpa: ring.addr(at.slot), len: word.bytes(), head: word.id() };
-            taken += 1;
-            at = at.forth(1, size);
-            #[cfg(debug_assertions)]
-            self.ids.push_back(word.id());
+            at = at.forth(stretch, size);
+            taken += stretch;
         }
         self.avail = at;
         self.taken += taken;
@@ -49,25 +63,52 @@ impl PackedQueue {
         if !self.long.is_empty() {
             return chains.for_each(|(head, len)| self.push(head, len));
         }
-        let size = self.ring.size();
         let ring = self.ring.access_known();
+        let size = ring.size();
         let mut at = self.used;
-        let mut kept = self.kept;
         let mut count = 0;
-        for (head, len) in chains {
-            #[cfg(debug_assertions)]
-            assert_eq!(self.ids.pop_front(), Some(head), "chains must be completed in ring order");
-            let word = Word::new(len, head, at.used() | if len == 0 { 0 } else { WRITE });
-            match &mut kept {
-                None => kept = Some(Kept { slot: at.slot, word }),
-                Some(kept) if self.batch => kept.word = kept.word.with_id(head),
-                Some(_) => ring.store(at.slot, word),
-            }
+        #[cfg(debug_assertions)]
+        let (ids, chains) = (&mut self.ids, chains);
+        #[cfg(debug_assertions)]
+        let chains = chains.inspect(|(head, _)| {
+            assert_eq!(ids.pop_front(), Some(*head), "chains must be completed in ring order");
+        });
+        let mut chains = chains;
+        let mut kept = self.kept;
+        if kept.is_none()
+            && let Some((head, len)) = chains.next()
+        {
+            kept = Some(Kept { slot: at.slot, word: used_word(at.used(), head, len) });
             at = at.forth(1, size);
-            count += 1;
+            count = 1;
+        }
+        if self.batch {
+            let mut last = None;
+            for (head, _) in chains {
+                last = Some(head);
+                count += 1;
+            }
+            if let (Some(kept), Some(last)) = (&mut kept, last) {
+                kept.word = kept.word.with_id(last);
+            }
+        } else {
+            loop {
+                // To the end of the ring, then from its beginning.
+                let flags = at.used();
+                let mut stretch = 0;
+                for (slot, (head, len)) in ring.slots_from(at.slot).zip(&mut chains) {
+                    slot.store(used_word(flags, head, len));
+                    stretch += 1;
+                }
+                at = at.forth(stretch, size);
+                count += stretch;
+                if at.slot != 0 || stretch == 0 {
+                    break;
+                }
+            }
         }
         self.kept = kept;
-        self.used = at;
+        self.used = self.used.forth(count, size);
         self.pushed = self.pushed.wrapping_add(count);
     }
 

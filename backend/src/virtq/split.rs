@@ -16,10 +16,11 @@
 #![forbid(unsafe_code)]
 
 use super::chain::{Chain, WalkError};
-use super::notify;
+use super::notify::{self, Words};
 use super::queue::{PopError, QueueConfig, QueueError};
 use crate::memory::GuestMemory;
-use crate::memory::ring::RingView;
+use crate::memory::ring::{RingAccess, RingView};
+use std::sync::atomic::{Ordering, fence};
 
 /// A free-running 16-bit index in a word of its own.
 ///
@@ -290,5 +291,29 @@ pub(super) fn pop_error(error: QueueError) -> PopError {
     match error {
         QueueError::Missing(missing) => PopError::Missing(missing),
         other => PopError::Broken(other),
+    }
+}
+
+/// The device's side.
+impl Words for RingAccess<'_> {
+    #[inline(always)]
+    fn store_flags(&self, flags: u16) {
+        self.store_used_flags(flags);
+    }
+    #[inline(always)]
+    fn store_event(&self, event: u16) {
+        self.store_avail_event(event);
+    }
+    #[inline(always)]
+    fn flags(&self) -> u16 {
+        self.avail_flags()
+    }
+    #[inline(always)]
+    fn event(&self) -> Option<u16> {
+        self.used_event()
+    }
+    #[inline(always)]
+    fn fence(&self) {
+        fence(Ordering::SeqCst);
     }
 }

@@ -30,6 +30,11 @@ pub struct BackEnd {
 impl BackEnd {
     /// testpmd with these devices, io forwarding between them.
     pub fn testpmd(vdevs: Vec<String>) -> Result<Self> {
+        Self::testpmd_doing(vdevs, "io", None)
+    }
+
+    /// testpmd with these devices in any forward mode; frames that it makes have so many bytes.
+    pub fn testpmd_doing(vdevs: Vec<String>, mode: &str, frame: Option<usize>) -> Result<Self> {
         let config = TestpmdConfig {
             name: format!("vbb{}", std::process::id()),
             cpu: BACKEND_CPU,
@@ -40,7 +45,10 @@ impl BackEnd {
             app_args: Vec::new(),
         };
         let mut testpmd = Testpmd::start(&config).context("DPDK back-end")?;
-        testpmd.start_forwarding("io")?;
+        if let Some(bytes) = frame {
+            testpmd.set_frame_size(bytes)?;
+        }
+        testpmd.start_forwarding(mode)?;
         let it = Self { process: Process::Testpmd(testpmd) };
         it.check_cpu()?;
         Ok(it)

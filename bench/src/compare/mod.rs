@@ -23,7 +23,7 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
 pub use backend::BackEnd;
-pub use others::undisturbed;
+pub use others::{TOLERATED, undisturbed};
 pub use table::{Cell, Goal, Heading, Report, Rows, Unit, word};
 
 use crate::interrupt;
@@ -88,13 +88,22 @@ pub fn take_turns<W: Rows, S>(
 
 /// A front-end on its CPU, connected to the back-end at `socket`; `options` as for [`TestpmdConfig::virtio_user`].
 pub fn start_frontend(socket: &Path, options: &str) -> Result<Testpmd> {
-    let path = socket.to_str().context("socket path")?;
+    start_frontend_on(std::slice::from_ref(&socket), options)
+}
+
+/// The same with a port for each socket.
+pub fn start_frontend_on(sockets: &[impl AsRef<Path>], options: &str) -> Result<Testpmd> {
     let name = format!("vbf{}", std::process::id());
-    let config = TestpmdConfig {
-        memory: Memory::Huge,
-        memory_mib: MEMORY_MIB,
-        ..TestpmdConfig::virtio_user(&name, OTHER_CPU, path, 1, options)
-    };
+    let mut config = TestpmdConfig::virtio_user(&name, OTHER_CPU, "", 1, options);
+    config.vdevs.clear();
+    for (i, socket) in sockets.iter().enumerate() {
+        let path = socket.as_ref().to_str().context("socket path")?;
+        let one = TestpmdConfig::virtio_user(&name, OTHER_CPU, path, 1, options);
+        config.vdevs.extend(
+            one.vdevs.iter().map(|v| v.replacen("net_virtio_user0", &format!("net_virtio_user{i}"), 1)),
+        );
+    }
+    let config = TestpmdConfig { memory: Memory::Huge, memory_mib: MEMORY_MIB, ..config };
     Testpmd::start(&config).context("front-end")
 }
 

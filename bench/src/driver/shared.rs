@@ -68,7 +68,7 @@ pub struct Buffers {
     offset: u64,
     stride: u64,
     count: u64,
-    _memory: Arc<Mapping>,
+    memory: Arc<Mapping>,
 }
 
 // SAFETY: as for `Words`; bytes are copied, and no reference to them exists.
@@ -86,10 +86,10 @@ pub struct Head {
 impl Buffers {
     /// `count` buffers from an offset on, each at a line's beginning. Panics if they do not lie in the memory.
     pub fn new(memory: &Arc<Mapping>, offset: u64, stride: u64, count: u16) -> Self {
-        assert!(offset % LINE == 0 && stride % LINE == 0 && stride > 0 && count > 0);
+        assert!(offset.is_multiple_of(LINE) && stride.is_multiple_of(LINE) && stride > 0 && count > 0);
         let first = memory.pointer(offset, stride * u64::from(count));
         let first = NonNull::new(first).expect("a mapping is never at 0");
-        Self { first, offset, stride, count: count.into(), _memory: Arc::clone(memory) }
+        Self { first, offset, stride, count: count.into(), memory: Arc::clone(memory) }
     }
 
     /// The device's address of a buffer: guest addresses are offsets.
@@ -152,6 +152,14 @@ impl Buffers {
         let from = self.pointer(id, 0, bytes.len() as u64);
         // SAFETY: `pointer` has checked the source; `bytes`, being a reference, is not part of it.
         unsafe { std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len()) };
+    }
+
+    /// Copies the beginning of a buffer of another set to that of one of this. They must not be the same memory.
+    pub fn copy_from(&self, id: u16, other: &Self, other_id: u16, len: usize) {
+        assert!(!Arc::ptr_eq(&self.memory, &other.memory));
+        let (from, to) = (other.pointer(other_id, 0, len as u64), self.pointer(id, 0, len as u64));
+        // SAFETY: both are checked, and lie in different mappings.
+        unsafe { std::ptr::copy_nonoverlapping(from, to, len) };
     }
 
     /// Copies bytes to a buffer's beginning.

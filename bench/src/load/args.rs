@@ -44,6 +44,9 @@ pub struct Setup {
     /// With VIRTIO_F_EVENT_IDX
     #[arg(long)]
     pub event_idx: bool,
+    /// With VIRTIO_F_IN_ORDER
+    #[arg(long)]
+    pub in_order: bool,
     /// Guest memory in hugepages of 2 MiB, which must be reserved
     #[arg(long)]
     pub hugepages: bool,
@@ -77,6 +80,7 @@ impl Default for Setup {
             receive_len: RECEIVE_LEN,
             no_mergeable: false,
             event_idx: false,
+            in_order: false,
             hugepages: false,
             touch: Touch::None,
             pauses: 8,
@@ -189,6 +193,9 @@ pub struct LoopArgs {
     /// Packets in flight from each port
     #[arg(long, default_value_t = IN_FLIGHT)]
     in_flight: usize,
+    /// Only from the first port to the second
+    #[arg(long, requires = "peer_socket")]
+    one_way: bool,
     #[command(flatten)]
     common: Common,
 }
@@ -199,7 +206,7 @@ impl LoopArgs {
         ensure!(self.in_flight > 0, "--in-flight must be positive");
         self.common.begin()?;
         let sockets = self.ends.all();
-        let measured = run_closed(&self.common.setup, &sockets, self.in_flight)?;
+        let measured = run_closed(&self.common.setup, &sockets, self.in_flight, self.one_way)?;
         result::publish(&self.common.setup, &sockets, self.common.json.as_deref(), &measured)
     }
 }

@@ -42,7 +42,9 @@ impl<R> End<R> {
 pub struct Loop<R> {
     /// One end, which is its own other end, or two.
     pub ends: Vec<End<R>>,
-    /// Packets in flight from each end.
+    /// How many of the ends send.
+    senders: usize,
+    /// Packets in flight from each of them.
     window: usize,
     pauses: u32,
     idle: Idle,
@@ -52,10 +54,19 @@ pub struct Loop<R> {
 }
 
 impl<R: Ring> Loop<R> {
-    /// With so many packets in flight from each end.
-    pub fn new(ends: Vec<End<R>>, window: usize, pauses: u32, ticks_per_second: f64) -> Self {
+    /// With so many packets in flight from each of the first `senders` ends.
+    pub fn new(ends: Vec<End<R>>, senders: usize, window: usize, pauses: u32, ticks_per_second: f64) -> Self {
         let lost_after = (LOST_AFTER_S * ticks_per_second) as u64;
-        Self { ends, window, pauses, idle: Idle::default(), lost_after, moved: ticks(), lost_in_a_row: 0 }
+        Self {
+            ends,
+            senders,
+            window,
+            pauses,
+            idle: Idle::default(),
+            lost_after,
+            moved: ticks(),
+            lost_in_a_row: 0,
+        }
     }
 
     /// Runs for so many ticks.
@@ -120,7 +131,8 @@ impl<R: Ring> Loop<R> {
             *in_flight = in_flight.saturating_sub(received.packets as usize);
         }
         let End { port, outgoing, in_flight, .. } = &mut self.ends[i];
-        let room = self.window.saturating_sub(*in_flight);
+        let window = if i < self.senders { self.window } else { 0 };
+        let room = window.saturating_sub(*in_flight);
         let count = room.min(port.sender.free().into()).min(BURST_MAX);
         if count > 0 {
             port.sender.send(count, |buffers, id| {

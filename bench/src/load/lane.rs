@@ -107,11 +107,10 @@ impl<R: Ring> Sender<R> {
     #[inline(always)]
     pub fn reclaim(&mut self, mut seen: impl FnMut(&Buffers, Used) -> Result<()>) -> Result<usize> {
         let mask = self.free.len() - 1;
-        let mut end = self.first_free + usize::from(self.free());
+        let end = self.first_free + usize::from(self.free());
         let count = self.lane.take()?;
-        for &used in &self.lane.used[..count] {
-            self.free[end & mask] = used.id;
-            end += 1;
+        for (i, &used) in self.lane.used[..count].iter().enumerate() {
+            self.free[(end + i) & mask] = used.id;
             seen(&self.lane.buffers, used)?;
         }
         Ok(count)

@@ -27,16 +27,16 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::driver::{Packed, Ring, Split, ticks_per_second};
+use crate::driver::{Packed, Ring, RingOptions, Split, ticks_per_second};
 use crate::packet::{self, HEADER};
 pub use args::{LatencyArgs, LoopArgs, OpenArgs, Setup};
 use check::{Expect, Incoming, Outgoing};
 use closed::{End, Loop};
 pub use lane::Touch;
 use latency::Latency;
-pub use latency::Percentiles;
 use meter::Idle;
 use open::{OpenLoad, OpenPort};
+pub use port::guest_memory;
 use port::{Port, PortOptions};
 pub use result::{IDLE_MIN, Measured};
 
@@ -71,7 +71,7 @@ impl Setup {
     fn port<R: Ring>(&self, socket: &Path, burst: u16) -> Result<Port<R>> {
         let options = PortOptions {
             ring_size: self.ring_size,
-            event_idx: self.event_idx,
+            ring: RingOptions { event_idx: self.event_idx, in_order: self.in_order },
             hugepages: self.hugepages,
             mergeable: !self.no_mergeable,
             features: if self.frame > packet::FRAME_MAX { OFFLOADS } else { 0 },
@@ -138,16 +138,37 @@ fn open<R: Ring>(
     Ok(measured)
 }
 
-/// So many packets in flight from each port, one that echoes or two that are connected.
-pub fn run_closed(setup: &Setup, sockets: &[impl AsRef<Path>], in_flight: usize) -> Result<Measured> {
+/// Ports whose rings run, and that nothing is done with. They go with this.
+pub struct Held {
+    _ports: Vec<Port<Split>>,
+}
+
+/// Connects to all these, and does nothing.
+pub fn hold(setup: &Setup, sockets: &[impl AsRef<Path>]) -> Result<Held> {
+    let ports = sockets.iter().map(|s| setup.port(s.as_ref(), setup.burst)).collect::<Result<_>>()?;
+    Ok(Held { _ports: ports })
+}
+
+/// So many packets in flight from each port, or from the first only (`one_way`); one that echoes or two that are connected.
+pub fn run_closed(
+    setup: &Setup,
+    sockets: &[impl AsRef<Path>],
+    in_flight: usize,
+    one_way: bool,
+) -> Result<Measured> {
     if setup.packed {
-        closed::<Packed>(setup, sockets, in_flight)
+        closed::<Packed>(setup, sockets, in_flight, one_way)
     } else {
-        closed::<Split>(setup, sockets, in_flight)
+        closed::<Split>(setup, sockets, in_flight, one_way)
     }
 }
 
-fn closed<R: Ring>(setup: &Setup, sockets: &[impl AsRef<Path>], in_flight: usize) -> Result<Measured> {
+fn closed<R: Ring>(
+    setup: &Setup,
+    sockets: &[impl AsRef<Path>],
+    in_flight: usize,
+    one_way: bool,
+) -> Result<Measured> {
     // A burst that is a large part of what is in flight would be waited for in vain.
     let burst = (in_flight / 4).clamp(1, setup.burst.into()) as u16;
     let mut ends = Vec::new();
@@ -156,7 +177,8 @@ fn closed<R: Ring>(setup: &Setup, sockets: &[impl AsRef<Path>], in_flight: usize
         ends.push(End::new(setup.port::<R>(socket.as_ref(), burst)?, setup.outgoing(true), incoming));
     }
     let per_second = ticks_per_second(CALIBRATION);
-    let mut it = Loop::new(ends, in_flight, setup.pauses, per_second);
+    let senders = if one_way { 1 } else { ends.len() };
+    let mut it = Loop::new(ends, senders, in_flight, setup.pauses, per_second);
     let mut measured = result::measure(setup, per_second, true, true, |ticks| it.run(ticks))?;
     for end in &it.ends {
         end.port.check()?;

@@ -10,23 +10,24 @@ use lab::rawfront::{protocol, virtio};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::lane::{Receiver, Sender};
-use crate::driver::{Buffers, Layout, LayoutOptions, RINGS, RX, Ring, TX};
+use crate::driver::{Buffers, Layout, LayoutOptions, RINGS, RX, Ring, RingOptions, TX};
 use crate::mapping::{Mapping, PAGE};
 use crate::packet::{self, HEADER};
 use crate::session::{Events, Session, Wishes};
 
 /// A hugepage, bytes.
 const HUGEPAGE: u64 = 2 << 20;
-/// VIRTIO_F_EVENT_IDX (VIRTIO 1.3 §6).
+/// Feature bits (VIRTIO 1.3 §6).
 const EVENT_IDX: u64 = 1 << 29;
+const IN_ORDER: u64 = 1 << 35;
 
 /// What the driver is to be like.
 #[derive(Clone, Debug)]
 pub struct PortOptions {
     /// Entries of each ring.
     pub ring_size: u16,
-    /// Notifications by index.
-    pub event_idx: bool,
+    /// Notifications by index, and order.
+    pub ring: RingOptions,
     /// Guest memory in hugepages.
     pub hugepages: bool,
     /// Mergeable receive buffers.
@@ -56,8 +57,8 @@ impl<R: Ring> Port<R> {
             ring_size: options.ring_size,
             buffer_len: [options.receive_len, (HEADER + options.frame) as u32],
         });
-        let (file, len) = memory_file(&layout, options.hugepages)?;
-        let memory = Arc::new(Mapping::of_file(&file, len)?);
+        let (file, memory) = guest_memory(layout.bytes(), options.hugepages)?;
+        let (len, memory) = (memory.len(), Arc::new(memory));
         let places = [layout.ring(RX), layout.ring(TX)];
         let buffers =
             [RX, TX].map(|r| Buffers::new(&memory, layout.buffers(r), layout.stride(r), options.ring_size));
@@ -66,19 +67,24 @@ impl<R: Ring> Port<R> {
         let mut wishes = Wishes { features: options.features, ..Wishes::default() };
         wishes.protocol |= protocol::MTU;
         wishes.features |= if options.mergeable { virtio::MRG_RXBUF } else { 0 };
-        wishes.features_needed |= if options.event_idx { EVENT_IDX } else { 0 };
+        wishes.features_needed |= if options.ring.event_idx { EVENT_IDX } else { 0 };
+        wishes.features_needed |= if options.ring.in_order { IN_ORDER } else { 0 };
         wishes.features_needed |= R::FEATURES;
         let session = Session::open(socket, wishes, &events)?;
         let features = session.features();
         session.begin()?;
         session.set_table(&file, len, memory.address()).context("the memory table")?;
-        let rings = places.map(|p| R::open(&memory, &p, options.event_idx));
+        let rings = places.map(|p| R::open(&memory, &p, options.ring));
 
         let [rx_buffers, tx_buffers] = buffers;
         let [rx_ring, tx_ring] = rings;
         let mut bytes = vec![0; HEADER + options.frame];
         for id in 0..options.ring_size {
-            packet::build(id.into(), &mut bytes);
+            if options.frame > packet::FRAME_MAX {
+                packet::build_tso(&mut bytes);
+            } else {
+                packet::build(id.into(), &mut bytes);
+            }
             tx_buffers.write(id, &bytes);
             // Touched once, so that no page is missing later.
             rx_buffers.write(id, &vec![0; rx_buffers.len() as usize]);
@@ -107,14 +113,16 @@ impl<R: Ring> Port<R> {
     }
 }
 
-fn memory_file(layout: &Layout, huge: bool) -> Result<(File, u64)> {
+/// New guest memory of at least so many bytes, as a file and mapped.
+pub fn guest_memory(len: u64, huge: bool) -> Result<(File, Mapping)> {
     let (flags, page) = if huge {
         (MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB, HUGEPAGE)
     } else {
         (MFdFlags::empty(), PAGE)
     };
     let file: File = memfd_create("guest", flags | MFdFlags::MFD_CLOEXEC).context("guest memory")?.into();
-    let len = layout.bytes(page);
+    let len = len.next_multiple_of(page);
     file.set_len(len)?;
-    Ok((file, len))
+    let mapping = Mapping::of_file(&file, len)?;
+    Ok((file, mapping))
 }

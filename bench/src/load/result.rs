@@ -149,6 +149,10 @@ fn text(it: &Measured) -> String {
         let (idle, seconds) = (it.idle_share * 100.0, it.seconds);
         out.push_str(&format!("front-end idle {idle:.0} % of {seconds:.1} s: {whose}; {} kicks\n", it.kicks));
     }
+    if it.received_bytes > 0 {
+        let rate = it.received_bytes as f64 / it.seconds / 1e9;
+        out.push_str(&format!("received: {rate:.2} GB/s with virtio-net headers\n"));
+    }
     if it.by_port.len() > 1 {
         let (min, max) = (it.by_port.iter().min().unwrap_or(&0), it.by_port.iter().max().unwrap_or(&0));
         let mean = it.by_port.iter().sum::<u64>() as f64 / it.by_port.len() as f64;

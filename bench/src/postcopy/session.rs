@@ -65,7 +65,11 @@ impl Session {
             patience,
             ..session::Wishes::default()
         };
-        let base = session::Session::open(socket, wishes, events).context("postcopy needs PAGEFAULT")?;
+        let base = session::Session::open(socket, wishes, events).context(if slots == 0 {
+            "postcopy needs PAGEFAULT"
+        } else {
+            "postcopy with slots needs PAGEFAULT and CONFIGURE_MEM_SLOTS"
+        })?;
         Ok(Self { base })
     }
 

@@ -215,6 +215,13 @@ impl Testpmd {
         self.command("start").map(drop)
     }
 
+    /// Starts `io` forwarding with so many bursts of 32 packets sent from each port at first.
+    pub fn start_loop(&mut self, bursts: u32) -> Result<()> {
+        let answer = self.command("set fwd io")?;
+        ensure!(answer.contains("io"), "testpmd refused forward mode io: {answer}");
+        self.command(&format!("start tx_first {bursts}")).map(drop)
+    }
+
     /// Stops forwarding; what is in the rings already still belongs to the back-end.
     pub fn stop_forwarding(&mut self) -> Result<()> {
         self.command("stop").map(drop)

@@ -1,14 +1,22 @@
 //! No notification is lost: the code that asks and decides, run by loom in every order that the memory model allows; and that it
-//! takes the fences for that.
+//! takes the fences for that. A program of its own, since loom's threads take SIGBUS for
+//! themselves, which tests of the library provoke.
 //!
 //! Ring words are loom's atomics here, and a notification is a token; the rest is the code of the device. Both sides run it:
 //! a driver does the same with its own words, and calls are kicks the other way round. Loops are cut short: the one that
 //! looks sleeps as soon as it may, which is the dangerous case; how it comes to that is `worker::tests::dance`.
 #![forbid(unsafe_code)]
 
-use super::*;
-use loom::sync::atomic::{AtomicU16, AtomicU32};
+#[path = "../src/virtq/notify.rs"]
+mod notify;
+#[path = "../src/virtq/place.rs"]
+#[allow(dead_code)]
+mod place;
+
+use loom::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use loom::sync::{Condvar, Mutex};
+use notify::{EVENT_DISABLE, PackedWords, UNWANTED, Words, ask, ask_packed, is_wanted, is_wanted_packed};
+use place::Place;
 use std::sync::Arc;
 
 /// The index begins shortly before it wraps.
