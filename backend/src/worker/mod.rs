@@ -23,6 +23,7 @@ mod tests;
 pub mod thread;
 mod turn;
 mod wake;
+mod watch;
 
 use crate::memory::{GuestMemory, MissingRange};
 use crate::net::counters::PairCounters;
