@@ -7,6 +7,7 @@
 use super::arrivals::{Arrivals, Next};
 use super::datapath::Shared;
 use super::half::{Half, Ring, Watch};
+use super::link::Link;
 use super::wake::Wakes;
 use super::{Attachment, Command, Direction, Event, PairKey, PairToken, Reply, ToControl, What};
 use crate::memory::GuestMemory;
@@ -52,12 +53,14 @@ pub struct Pair {
     /// When it last moved packets.
     pub(super) worked: Option<Instant>,
     uplink_down: bool,
+    /// The port it is wired to.
+    pub(super) link: Option<Box<Link>>,
 }
 
 impl Pair {
     /// A pair without a front-end.
     pub fn new(attachment: Attachment, slot: u32) -> Self {
-        let Attachment { key, mut uplink, counters } = attachment;
+        let Attachment { key, mut uplink, counters, peers } = attachment;
         uplink.count_into(&counters);
         let peeks = uplink.peek().is_some();
         Self {
@@ -83,7 +86,12 @@ impl Pair {
             hot: false,
             worked: None,
             uplink_down: false,
+            link: Link::to(peers),
         }
+    }
+
+    pub(super) fn slot(&self) -> usize {
+        self.slot as usize
     }
 
     pub(super) fn key(&self) -> PairKey {
@@ -110,7 +118,7 @@ impl Pair {
             What::Call(direction) => self.half_ref(direction).call.epoch(),
             What::Error(direction) => self.half_ref(direction).error.epoch(),
             What::UplinkReadable(_) | What::UplinkLook => self.uplink_epoch,
-            What::UplinkWritable | What::UplinkWake(_) | What::UplinkPause(_) => 0,
+            What::UplinkWritable | What::UplinkWake(_) | What::UplinkPause(_) | What::LinkPatience => 0,
         };
         PairToken { slot: self.slot, epoch, what }
     }
@@ -377,6 +385,9 @@ impl Pair {
             self.receiver.abandon(&mut ring.queue, &self.counters);
             self.receiver = Receiver::default();
         }
+        if let Some(link) = &mut self.link {
+            link.stopped(direction);
+        }
         self.half(direction).last_base = ring.queue.base();
         trace::ring_stop(self.key, direction, ring.queue.base());
         self.watch_uplink(reactor);
@@ -445,6 +456,7 @@ impl Pair {
                 self.uplink_woken(reactor, direction, result, shared);
             }
             (What::UplinkPause(direction), _) => self.uplink_paused(reactor, direction),
+            (What::LinkPatience, _) => self.patience_ended(reactor),
             (What::Call(direction), Done::Signalled(result)) => {
                 self.half(direction).call.done(reactor, token, result);
             }
