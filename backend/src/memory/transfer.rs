@@ -42,14 +42,14 @@ impl Place<'_> {
         self.0.is_empty()
     }
 
-    /// Asks the CPU for the lines of its first `len` bytes, which are going to be written, as a hint. Returns how many lines
-    /// that are.
+    /// Asks the CPU for the lines of its first `len` bytes (one at least), which are going to be written, as a hint. Returns for how many
+    /// lines it has asked.
     #[inline(always)]
     pub fn prefetch_write(&self, len: usize) -> usize {
         if len <= 2 * LINE {
             // Most frames: the first line and the last, which may be the same; a third is of a frame that lies badly.
             hint::write(self.0.base());
-            hint::write(self.0.base().wrapping_add(len - 1));
+            hint::write(self.0.base().wrapping_add(len.saturating_sub(1)));
             return 2;
         }
         // As `div_ceil`, without its branches.
@@ -194,8 +194,9 @@ mod tests {
         pieces.push_own(&b);
         let mut near = Nearby::new(&memory);
         let place = near.place(0x1001, 200).unwrap();
-        assert_eq!(place.prefetch_write(63), 1);
         assert_eq!(place.prefetch_write(64), 2);
+        assert_eq!(place.prefetch_write(191), 3);
+        assert_eq!(place.prefetch_write(192), 4);
         place.fill(0x0909_0909_0909_0909, 0x0909_0909, pieces.as_slice());
         let expected = [&[0u8][..], &[9; 12], &a, &b, &[0]].concat();
         assert_eq!(bytes(&file, 0x1000, expected.len()), expected);
