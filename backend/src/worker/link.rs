@@ -260,15 +260,11 @@ impl Far<'_> {
         self.done
     }
 
-    fn len(buffers: &[IoVec<'_>]) -> usize {
-        buffers.iter().skip(1).map(IoVec::len).sum()
-    }
-
     /// Whether a frame passes as it is, as far as that is quickly known.
     #[inline]
     fn passes(&self, buffers: &[IoVec<'_>]) -> bool {
         let start = buffers.first().and_then(IoVec::first_words);
-        start.is_some_and(|(start, _)| self.taker.passes(start, Self::len(buffers)))
+        start.is_some_and(|(start, _)| self.taker.passes(start, deliver::frame_len(buffers)))
     }
 
     /// Delivers frames as they are; returns how many were taken.
@@ -281,7 +277,7 @@ impl Far<'_> {
         let mut bytes = [0; HDR_LEN];
         gather(&buffers[..1], &mut bytes);
         let header = VirtioNetHdr::parse(&bytes);
-        let len = Self::len(buffers);
+        let len = deliver::frame_len(buffers);
         let Self { to, scratch, settings, done, .. } = self;
         let Scratch { deliver, iovecs, frame, segments } = &mut **scratch;
         match self.taker.way(&header, len as u64) {
