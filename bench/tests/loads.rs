@@ -98,6 +98,8 @@ fn sent_packets_stay_whole() -> Result<()> {
     }
     vubench("tx", &[("--socket", &socket)], &["--packed"])?;
     vubench("tx", &[("--socket", &socket)], &["--packed", "--event-idx", "--ring-size", "64"])?;
+    vubench("tx", &[("--socket", &socket)], &["--in-order"])?;
+    vubench("tx", &[("--socket", &socket)], &["--packed", "--in-order"])?;
     let paced = vubench("tx", &[("--socket", &socket)], &["--pps", "20000"])?;
     ensure!(paced["tx_mpps"].as_f64().is_some_and(|mpps| mpps < 0.05), "{paced}");
     Ok(())
@@ -114,6 +116,8 @@ fn received_packets_are_whole() -> Result<()> {
     vubench("both", &[("--socket", &short)], &["--event-idx"])?;
     vubench("rx", &[("--socket", &long)], &["--packed", "--receive-len", "512"])?;
     vubench("both", &[("--socket", &short)], &["--packed"])?;
+    vubench("both", &[("--socket", &short)], &["--packed", "--in-order"])?;
+    vubench("both", &[("--socket", &short)], &["--in-order"])?;
     Ok(())
 }
 

@@ -382,7 +382,7 @@ fn indices_wrap_and_bases_are_kept() -> Result<()> {
             (ring.avail_idx, ring.seen) = (base, base);
         }
         for index in 0..2 {
-            front.start_ring(index, base)?;
+            front.start_ring(index, base.into())?;
             front.order(msg::SET_VRING_ENABLE, &state(index as u32, 1), &[])?;
         }
         front.prove_alive(count)?;
@@ -391,7 +391,7 @@ fn indices_wrap_and_bases_are_kept() -> Result<()> {
             "base after {base}+{count}"
         );
         for index in 0..2 {
-            front.start_ring(index, front.rings[index].avail_idx)?;
+            front.start_ring(index, front.rings[index].avail_idx.into())?;
         }
         front.prove_alive(40)?;
     }
@@ -424,7 +424,7 @@ fn no_kick_is_lost_while_a_ring_is_stopped_or_disabled() -> Result<()> {
     front.tx().kick()?;
     std::thread::sleep(Duration::from_millis(50));
     ensure!(front.tx().used_idx()? == used, "a stopped ring was used");
-    front.start_ring(1, used)?;
+    front.start_ring(1, used.into())?;
     ensure!(front.tx().is_drained_within(PATIENCE), "a frame from while the ring was stopped");
     drop(front);
     ensure!(arena.backend.complaints(BAD)? == 0, "{}", arena.backend.log_text());

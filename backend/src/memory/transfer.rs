@@ -6,7 +6,8 @@
 
 use super::AccessError;
 use super::copy;
-use super::guest::{GuestMemory, prefetch_write};
+use super::guest::GuestMemory;
+use super::hint;
 use super::iovec::IoVec;
 use super::moves::Unit;
 use super::nearby::Nearby;
@@ -45,13 +46,19 @@ impl Place<'_> {
     /// that are.
     #[inline(always)]
     pub fn prefetch_write(&self, len: usize) -> usize {
+        if len <= 2 * LINE {
+            // Most frames: the first line and the last, which may be the same; a third is of a frame that lies badly.
+            hint::write(self.0.base());
+            hint::write(self.0.base().wrapping_add(len - 1));
+            return 2;
+        }
         // As `div_ceil`, without its branches.
         let lines = (self.0.base().addr() % LINE + len + LINE - 1) >> LINE.ilog2();
         let mut line = self.0.base();
         let end = line.wrapping_add(lines * LINE);
         while line != end {
             // A prefetch never faults, so one beyond the end does no harm.
-            prefetch_write(line);
+            hint::write(line);
             line = line.wrapping_add(LINE);
         }
         lines

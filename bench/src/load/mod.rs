@@ -27,7 +27,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::driver::{Packed, Ring, Split, ticks_per_second};
+use crate::driver::{Packed, Ring, RingOptions, Split, ticks_per_second};
 use crate::packet::{self, HEADER};
 pub use args::{LatencyArgs, LoopArgs, OpenArgs, Setup};
 use check::{Expect, Incoming, Outgoing};
@@ -71,7 +71,7 @@ impl Setup {
     fn port<R: Ring>(&self, socket: &Path, burst: u16) -> Result<Port<R>> {
         let options = PortOptions {
             ring_size: self.ring_size,
-            event_idx: self.event_idx,
+            ring: RingOptions { event_idx: self.event_idx, in_order: self.in_order },
             hugepages: self.hugepages,
             mergeable: !self.no_mergeable,
             features: if self.frame > packet::FRAME_MAX { OFFLOADS } else { 0 },

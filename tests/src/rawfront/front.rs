@@ -23,6 +23,7 @@ pub mod virtio {
     pub const INDIRECT_DESC: u64 = 1 << 28;
     pub const PROTOCOL_FEATURES: u64 = 1 << 30;
     pub const VERSION_1: u64 = 1 << 32;
+    pub const RING_PACKED: u64 = 1 << 34;
     pub const HOST_USO: u64 = 1 << 56;
 }
 
@@ -260,11 +261,11 @@ impl Front {
     }
 
     /// Configures and starts one ring at a base.
-    pub fn start_ring(&self, index: usize, base: u16) -> Result<()> {
+    pub fn start_ring(&self, index: usize, base: u32) -> Result<()> {
         let ring = &self.rings[index];
         let i = index as u32;
         self.wire.tell(msg::SET_VRING_NUM, &state(i, ring.size.into()), &[])?;
-        self.wire.tell(msg::SET_VRING_BASE, &state(i, base.into()), &[])?;
+        self.wire.tell(msg::SET_VRING_BASE, &state(i, base), &[])?;
         self.wire.tell(msg::SET_VRING_ADDR, &self.vring_addr(index), &[])?;
         self.wire.tell(msg::SET_VRING_KICK, &u64::from(i).to_ne_bytes(), &[ring.kick.as_raw_fd()])?;
         self.wire.tell(msg::SET_VRING_CALL, &u64::from(i).to_ne_bytes(), &[ring.call.as_raw_fd()])?;

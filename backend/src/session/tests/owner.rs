@@ -137,7 +137,9 @@ impl CheckedOwner {
     }
 
     fn check_config(&self, config: &RingConfig) {
-        assert!(config.size.is_power_of_two() && u32::from(config.size) <= RING_SIZE_MAX);
+        let packed = config.features & (1 << 34) != 0;
+        assert!(config.size.is_power_of_two() || (packed && config.size > 0));
+        assert!(u32::from(config.size) <= RING_SIZE_MAX);
         assert_eq!(config.features, self.features, "a ring with features that were not agreed on");
         assert!(config.enabled || config.features & (1 << 30) != 0, "disabled without PROTOCOL_FEATURES");
     }

@@ -306,3 +306,60 @@ fn a_ring_that_cannot_be_stopped_ends_the_connection() {
     let steps = lab.send(Id::GetVringBase, &state(0, 0), 0);
     assert!(matches!(steps[..], [_, Step::Close(SessionError::StopFailed { index: 0, .. })]), "{steps:?}");
 }
+
+/// A session with packed rings agreed on.
+fn packed() -> Lab {
+    let mut lab = Lab::with(SessionConfig { features: FEATURES | virtio_feature::RING_PACKED, ..config() });
+    lab.send(Id::SetProtocolFeatures, &protocol_feature::IMPLEMENTED.to_ne_bytes(), 0);
+    let features = (FEATURES & !virtio_feature::LOG_ALL) | virtio_feature::RING_PACKED;
+    lab.send(Id::SetFeatures, &features.to_ne_bytes(), 0);
+    lab.send(Id::SetMemTable, &table(&[region(0)]), 1);
+    lab
+}
+
+/// vhost-user: Vring descriptor indices for packed virtqueues.
+#[test]
+fn the_base_of_a_packed_ring_has_32_bits_both_ways() {
+    let mut lab = packed();
+    lab.send(Id::SetVringNum, &state(0, 100), 0);
+    lab.send(Id::SetVringBase, &state(0, 0x8007_8009), 0);
+    lab.send(Id::SetVringAddr, &addr(0, false), 0);
+    let told = effects(lab.send(Id::SetVringKick, &kick(0), 1));
+    let [Effect::StartRing { config, .. }] = &told[..] else { panic!("{told:?}") };
+    assert_eq!((config.base, config.size), (0x8007_8009, 100));
+    lab.owner.bases[0] = 0x0011;
+    let steps = lab.send(Id::GetVringBase, &state(0, 0), 0);
+    assert_eq!(reply(Id::GetVringBase, &steps), state(0, 0x0011));
+}
+
+/// VIRTIO 1.3 §2.8.1: both wrap counters begin with 1. What was never said is not 0 then.
+#[test]
+fn a_packed_ring_begins_with_wrap_counters_of_1() {
+    let mut lab = packed();
+    assert_eq!(reply(Id::GetVringBase, &lab.send(Id::GetVringBase, &state(0, 0), 0)), state(0, 0x8000_8000));
+    lab.send(Id::SetVringNum, &state(0, 256), 0);
+    lab.send(Id::SetVringAddr, &addr(0, false), 0);
+    let told = effects(lab.send(Id::SetVringKick, &kick(0), 1));
+    let [Effect::StartRing { config, .. }] = &told[..] else { panic!("{told:?}") };
+    assert_eq!(config.base, 0x8000_8000);
+}
+
+/// VIRTIO 1.3 §2.7, §2.8.10.1
+#[test]
+fn sizes_and_bases_are_those_of_the_ring_format() {
+    let mut lab = packed();
+    for size in [1, 3, 100, 32767, 32768] {
+        assert_eq!(reply_u64(Id::SetVringNum, &lab.ask(Id::SetVringNum, &state(0, size), 0)), 0, "{size}");
+    }
+    for size in [0, 32769, 0x1_0000, u32::MAX] {
+        assert_eq!(refusal(&lab.ask(Id::SetVringNum, &state(0, size), 0)), &Refusal::RingSize(size));
+    }
+    let mut lab = Lab::agreed();
+    for size in [0, 3, 100] {
+        assert_eq!(refusal(&lab.ask(Id::SetVringNum, &state(0, size), 0)), &Refusal::RingSize(size));
+    }
+    assert_eq!(
+        refusal(&lab.ask(Id::SetVringBase, &state(0, 0x8000_8000), 0)),
+        &Refusal::RingBase(0x8000_8000)
+    );
+}

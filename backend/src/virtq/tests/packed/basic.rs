@@ -60,9 +60,9 @@ fn tables_of_a_transmit_ring_are_only_read() {
 /// The chain comes back by its id, in its whole length, and the next one is found.
 #[test]
 fn what_is_wrong_with_a_chain_costs_that_chain() {
-    let long = |len| (0x1000, len, 0);
-    let table = |at: u64, len| vec![(at, len, INDIRECT)];
-    let cases: Vec<(Vec<(u64, u32, u16)>, ChainError)> = vec![
+    let long = |len: u32| (0x1000, len, 0);
+    let table = |at: u64, len: u32| vec![(at, len, INDIRECT)];
+    let cases = [
         (vec![long(12), long(0), long(5)], ChainError::ZeroLength),
         (vec![(0x1000, 5, WRITE), long(5), long(6)], ChainError::ReadableAfterWritable),
         (vec![long(u32::MAX), long(1)], ChainError::TooManyBytes),
@@ -161,7 +161,7 @@ fn flags_that_are_not_this_rounds_mean_nothing() {
         driver.config().base = place | place << 16;
         for flags in flags {
             driver.descriptor(0, (0x1000, 10, 0, flags));
-            assert_eq!(pop(&mut driver.queue(), &driver).unwrap().is_none(), true, "{place:#x} {flags:#x}");
+            assert!(pop(&mut driver.queue(), &driver).unwrap().is_none(), "{place:#x} {flags:#x}");
         }
     }
 }
