@@ -227,6 +227,13 @@ impl<'m, const N: usize> IoVecs<'m, N> {
         true
     }
 
+    /// Appends an entry of another list, to be read. False when full.
+    #[inline]
+    pub fn push_piece(&mut self, piece: IoVec<'m>) -> bool {
+        self.read_only = true;
+        self.push(piece)
+    }
+
     #[inline]
     pub(super) fn push(&mut self, entry: IoVec<'m>) -> bool {
         self.list.try_push(entry).is_ok()
