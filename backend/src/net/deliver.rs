@@ -135,7 +135,7 @@ struct Delivery<'a> {
 
 /// Bytes of a frame, without its header.
 #[inline(always)]
-fn frame_len(buffers: &[IoVec<'_>]) -> usize {
+pub fn frame_len(buffers: &[IoVec<'_>]) -> usize {
     match buffers {
         [_, frame] => frame.len(),
         _ => buffers.iter().skip(1).map(IoVec::len).sum(),

@@ -4,6 +4,7 @@
 
 pub mod checksum;
 pub mod counters;
+pub mod cross;
 pub mod deliver;
 pub mod features;
 pub mod header;

@@ -66,8 +66,9 @@ impl Taker {
             }
     }
 
+    /// Longest frame that is not to be cut, without header, bytes.
     #[inline(always)]
-    fn len_max(&self) -> u64 {
+    pub fn len_max(&self) -> u64 {
         FRAME_LEN_MIN + TAGS_LEN + u64::from(self.mtu)
     }
 

@@ -231,6 +231,14 @@ impl Datapath {
         self.stir(slot);
     }
 
+    /// Sets how long senders wait for pairs of a peer link.
+    #[cfg(test)]
+    pub fn set_patience(&mut self, patience: Duration) {
+        for link in self.pairs.iter_mut().filter_map(|(_, pair)| pair.link.as_mut()) {
+            link.patience = patience;
+        }
+    }
+
     /// How many pairs are looked at in each round.
     #[cfg(test)]
     pub fn hot(&self) -> usize {

@@ -17,16 +17,18 @@ use super::half::Ring;
 use super::pair::Pair;
 use super::turn::finish_burst;
 use super::{Direction, PairKey, PairToken, What};
-use crate::memory::{IoVec, IoVecStorage, gather};
+use crate::memory::{GuestMemory, IoVec, IoVecStorage, gather};
+use crate::net::counters::PairCounters;
 use crate::net::header::{FRAME_LEN_MAX, HDR_LEN, VirtioNetHdr};
 use crate::net::offload::{Taker, Way};
 use crate::net::rx::RxSettings;
 use crate::net::segment::Segments;
-use crate::net::tx::End;
-use crate::net::{checksum, deliver};
+use crate::net::tx::{End, TxSettings};
+use crate::net::{checksum, cross, deliver, features};
 use crate::observe::trace;
 use crate::reactor::Reactor;
 use crate::uplink::{Burst, ReceiveError, SendError, UplinkQueue};
+use crate::virtq::Queue;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -36,8 +38,10 @@ use std::time::{Duration, Instant};
 pub(super) const PATIENCE: Duration = Duration::from_millis(10);
 
 /// A pair's side of a peer link.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Link {
+    /// How long senders wait for it.
+    pub(super) patience: Duration,
     /// The other port's pairs...
     names: Vec<PairKey>,
     /// ... and where they are, in the same order.
@@ -59,7 +63,18 @@ pub(super) struct Link {
 impl Link {
     /// The link to these pairs, if there are any.
     pub(super) fn to(names: Vec<PairKey>) -> Option<Box<Self>> {
-        (!names.is_empty()).then(|| Box::new(Self { names, ..Self::default() }))
+        let link = |names| Self {
+            patience: PATIENCE,
+            names,
+            ends: Vec::new(),
+            waits: None,
+            awaited: false,
+            timer: false,
+            lacks: false,
+            progress: false,
+            starved: false,
+        };
+        (!names.is_empty()).then(|| Box::new(link(names)))
     }
 
     /// Finds the other pairs, as far as they are there.
@@ -93,6 +108,7 @@ impl Link {
 
 /// Buffers for frames that do not pass as they are.
 pub struct Scratch {
+    cross: cross::Scratch,
     deliver: deliver::Scratch,
     iovecs: IoVecStorage,
     frame: Box<[u8]>,
@@ -102,6 +118,7 @@ pub struct Scratch {
 impl Default for Scratch {
     fn default() -> Self {
         Self {
+            cross: cross::Scratch::default(),
             deliver: deliver::Scratch::default(),
             iovecs: IoVecStorage::default(),
             frame: vec![0; FRAME_LEN_MAX as usize].into_boxed_slice(),
@@ -234,7 +251,7 @@ impl Pair {
         if let Some(link) = self.link.as_mut().filter(|link| !link.timer && !link.starved) {
             link.timer = true;
             link.progress = false;
-            reactor.timer(PATIENCE, token.into());
+            reactor.timer(link.patience, token.into());
         }
     }
 
@@ -255,20 +272,41 @@ impl Pair {
 }
 
 impl Far<'_> {
+    /// Moves a batch of usual frames from the sender's ring; returns how many. The others are for the transmit path.
+    pub(super) fn cross(
+        &mut self,
+        ring: &mut Queue,
+        memory: &GuestMemory,
+        sender: &TxSettings,
+        counters: &PairCounters,
+    ) -> u32 {
+        let both_modern = sender.header_len == HDR_LEN && self.settings.header_len == HDR_LEN;
+        let takes = self.to.takes_frames() && !self.to.receiver.holds_frame();
+        let Some(far) = self.to.rx.ring.as_mut().filter(|far| both_modern && takes && far.runnable()) else {
+            return 0;
+        };
+        let mut from = cross::Side { ring, memory };
+        let mut to = cross::Side { ring: &mut far.queue, memory: &self.to.memory };
+        let cross::Crossed { frames, bytes } =
+            cross::run(&mut from, &mut to, &mut self.scratch.cross, &self.taker);
+        counters.tx_packets.add(frames.into());
+        counters.tx_bytes.add(bytes);
+        self.to.counters.rx_packets.add(frames.into());
+        self.to.counters.rx_bytes.add(bytes);
+        self.done.used += frames;
+        frames
+    }
+
     /// What has been done.
     pub(super) fn close(self) -> Delivered {
         self.done
-    }
-
-    fn len(buffers: &[IoVec<'_>]) -> usize {
-        buffers.iter().skip(1).map(IoVec::len).sum()
     }
 
     /// Whether a frame passes as it is, as far as that is quickly known.
     #[inline]
     fn passes(&self, buffers: &[IoVec<'_>]) -> bool {
         let start = buffers.first().and_then(IoVec::first_words);
-        start.is_some_and(|(start, _)| self.taker.passes(start, Self::len(buffers)))
+        start.is_some_and(|(start, _)| self.taker.passes(start, deliver::frame_len(buffers)))
     }
 
     /// Delivers frames as they are; returns how many were taken.
@@ -281,9 +319,9 @@ impl Far<'_> {
         let mut bytes = [0; HDR_LEN];
         gather(&buffers[..1], &mut bytes);
         let header = VirtioNetHdr::parse(&bytes);
-        let len = Self::len(buffers);
+        let len = deliver::frame_len(buffers);
         let Self { to, scratch, settings, done, .. } = self;
-        let Scratch { deliver, iovecs, frame, segments } = &mut **scratch;
+        let Scratch { deliver, iovecs, frame, segments, .. } = &mut **scratch;
         match self.taker.way(&header, len as u64) {
             Way::AsIs => {
                 let range = 0..buffers.len();

@@ -78,10 +78,15 @@ impl Pair {
                 None => tx::run(queue, memory, &mut *self.uplink, &mut shared.tx, settings, counters, BURST),
                 Some(peer) => {
                     let mut far = peer.open(&mut shared.link);
-                    let sent = tx::run(queue, memory, &mut far, &mut shared.tx, settings, counters, BURST);
+                    let usual =
+                        if settings.enabled { far.cross(queue, memory, &settings, counters) } else { 0 };
+                    let sent = match BURST - usual {
+                        0 => (0, End::Budget),
+                        rest => tx::run(queue, memory, &mut far, &mut shared.tx, settings, counters, rest),
+                    };
                     let done = far.close();
                     peer.delivered(reactor, shared, now, done);
-                    sent
+                    (usual + sent.0, sent.1)
                 }
             };
             moved += used;
