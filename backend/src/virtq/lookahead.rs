@@ -97,10 +97,11 @@ impl PackedQueue {
         mut visit: impl FnMut(MissingRange, Purpose),
     ) -> u16 {
         let first = self.first_waiting();
-        let Ok(ring) = self.ring.access() else {
+        if self.look().is_err() {
             self.ring.for_each_missing(|range| visit(range, Purpose::Ring));
             return first;
-        };
+        }
+        let ring = self.ring.access_known();
         let size = ring.size();
         let mut at = self.avail;
         let mut room = size - self.taken;

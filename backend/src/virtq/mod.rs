@@ -11,6 +11,7 @@ mod lookahead;
 pub(crate) mod notify;
 mod packed;
 mod packed_burst;
+mod packed_resync;
 pub(crate) mod place;
 mod queue;
 mod split;

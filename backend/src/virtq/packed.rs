@@ -15,19 +15,24 @@
 //!
 //! **Where a queue begins.** The base has both places (vhost-user: Vring descriptor indices for packed virtqueues). Ours are equal
 //! when a queue is stopped. DPDK speaks of the available one only and leaves the upper half zero, which no ring begins
-//! with; then the used place is the same. If they differ, chains were taken and never given back: they come again.
+//! with; then the used place is the same. If they differ, chains were taken and never given back: they come again. A base from
+//! before a crash is found out by the first look at the ring (`packed_resync`).
 #![forbid(unsafe_code)]
 
 use super::chain::{Chain, PackedWalkError};
 use super::notify::{self, PackedWords};
+use super::packed_resync::Ring;
 use super::place::Place;
 use super::queue::{PopError, QueueConfig, QueueError};
 use super::split::pop_error;
-use crate::memory::GuestMemory;
 use crate::memory::packed_ring::{AVAIL, NEXT, PackedAccess, PackedView, USED, WRITE, Word};
+use crate::memory::{GuestMemory, MissingRange};
 
 use std::collections::VecDeque;
 use std::sync::atomic::{Ordering, fence};
+
+/// Looks at a ring before its base is not believed: the driver may be making chains available at that moment.
+const LOOKS: u32 = 8;
 
 /// A used descriptor that is not in the ring yet.
 #[derive(Clone, Copy, Debug)]
@@ -56,6 +61,10 @@ pub struct PackedQueue {
     decided: Option<Place>,
     /// Descriptors published since then.
     undecided: u32,
+    /// The ring is wholly present, and was looked at once.
+    ready: bool,
+    synced: bool,
+    resynced: bool,
     /// What the device event structure says about kicks, once we wrote it.
     kicks_enabled: Option<bool>,
     pub(super) config: QueueConfig,
@@ -88,6 +97,9 @@ impl PackedQueue {
             long: VecDeque::with_capacity(size as usize / 2 + 1),
             decided: None,
             undecided: 0,
+            ready: false,
+            synced: false,
+            resynced: begin != avail,
             kicks_enabled: None,
             config: *config,
             // Chains that are passed over count as written completely.
@@ -105,6 +117,8 @@ impl PackedQueue {
             return Err(QueueError::Busy);
         }
         self.ring = ring;
+        // The next look finds out whether it is present.
+        self.ready = false;
         self.kicks_enabled = None;
         Ok(())
     }
@@ -126,10 +140,30 @@ impl PackedQueue {
         &self.config
     }
 
-    /// True if the two halves of the base differed, and the used one was taken.
+    /// True if the queue did not begin at the base: its halves differed, or the ring said something else.
     pub fn resynced(&self) -> bool {
-        let [avail, used] = [self.config.base as u16, (self.config.base >> 16) as u16];
-        used != 0 && used != avail
+        self.resynced
+    }
+
+    /// Before a use of the ring: whether all its pages are present. One predictable branch.
+    #[inline(always)]
+    pub(super) fn look(&mut self) -> Result<(), MissingRange> {
+        if self.ready { Ok(()) } else { self.prepare() }
+    }
+
+    #[cold]
+    fn prepare(&mut self) -> Result<(), MissingRange> {
+        let ring = Ring(self.ring.access()?);
+        if !std::mem::replace(&mut self.synced, true)
+            && !self.batch
+            && !(0..LOOKS).any(|_| ring.may_stand_at(self.avail))
+            && let Some(place) = ring.place()
+        {
+            (self.avail, self.used, self.published) = (place, place, place);
+            self.resynced = true;
+        }
+        self.ready = true;
+        Ok(())
     }
 
     /// Both places for GET_VRING_BASE: that of the first chain the guest has not been given back. Publish before; chains
@@ -149,7 +183,8 @@ impl PackedQueue {
     /// Chains that can be popped: only whether there is one, since nothing in the ring counts them.
     #[inline]
     pub fn available(&mut self) -> Result<u16, QueueError> {
-        let ring = self.ring.access()?;
+        self.look()?;
+        let ring = self.ring.access_known();
         Ok(ring.word(self.avail.slot).matches(AVAIL | USED, self.avail.available()).into())
     }
 
@@ -163,7 +198,8 @@ impl PackedQueue {
     /// Takes the next chain. False: there is none.
     #[inline]
     pub fn pop(&mut self, mem: &GuestMemory, chain: &mut Chain) -> Result<bool, PopError> {
-        let ring = self.ring.access().map_err(PopError::Missing)?;
+        self.look().map_err(PopError::Missing)?;
+        let ring = self.ring.access_known();
         let first = ring.word(self.avail.slot);
         if !first.matches(AVAIL | USED, self.avail.available()) {
             return Ok(false);
@@ -272,19 +308,20 @@ impl PackedQueue {
         let new = self.published;
         let old = self.decided.replace(new);
         let count = std::mem::take(&mut self.undecided);
-        let Ok(ring) = self.ring.access() else {
+        if self.look().is_err() {
             return true;
-        };
+        }
+        let ring = self.ring.access_known();
         notify::is_wanted_packed(&ring, self.config.event_idx, ring.size(), old, count)
     }
 
     /// Asks the guest not to kick, while we look at the ring anyway.
     #[inline]
     pub fn disable_kicks(&mut self) {
-        if self.kicks_enabled == Some(false) {
+        if self.kicks_enabled == Some(false) || self.look().is_err() {
             return;
         }
-        let Ok(ring) = self.ring.access() else { return };
+        let ring = self.ring.access_known();
         ring.store_device_event(0, notify::EVENT_DISABLE);
         self.kicks_enabled = Some(false);
     }
@@ -293,7 +330,8 @@ impl PackedQueue {
     /// pop already, do not stop (§2.8.21.2).
     #[inline]
     pub fn enable_kicks(&mut self) -> Result<bool, QueueError> {
-        let ring = self.ring.access()?;
+        self.look()?;
+        let ring = self.ring.access_known();
         notify::ask_packed(&ring, self.config.event_idx, self.avail);
         self.kicks_enabled = Some(true);
         self.available().map(|count| count > 0)

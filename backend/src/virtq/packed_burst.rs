@@ -23,7 +23,8 @@ impl PackedQueue {
     /// The ring is missing.
     #[inline]
     pub fn pop_singles(&mut self, access: Access, out: &mut [Single]) -> Result<usize, QueueError> {
-        let ring = self.ring.access()?;
+        self.look()?;
+        let ring = self.ring.access_known();
         let size = ring.size();
         let room = out.len().min((size - self.taken) as usize);
         let direction = if access == Access::Writable { WRITE } else { 0 };
@@ -114,9 +115,12 @@ impl PackedQueue {
 
     /// Asks the CPU for all that the next `n` chains will need, as the same method of `SplitQueue`.
     pub fn prefetch_burst(&mut self, mem: &GuestMemory, n: u16) {
+        if self.look().is_err() {
+            return;
+        }
         let (mut at, size) = (self.avail, self.ring.size());
         self.prefetch_slots(at.slot, n.into());
-        let Ok(ring) = self.ring.access() else { return };
+        let ring = self.ring.access_known();
         for _ in 0..u32::from(n).min(size) {
             if !ring.word(at.slot).matches(AVAIL | USED, at.available()) {
                 return;
@@ -131,14 +135,16 @@ impl PackedQueue {
     /// Asks the CPU for the descriptors that the next `n` chains will be used by.
     #[inline]
     pub fn prefetch_used(&mut self, n: u16) {
-        self.prefetch_slots(self.used.slot, n.into());
+        if self.look().is_ok() {
+            self.prefetch_slots(self.used.slot, n.into());
+        }
     }
 
     /// Asks for the lines of `n` slots from `first` on, to be written.
     #[inline]
-    fn prefetch_slots(&mut self, first: u32, n: u32) {
+    fn prefetch_slots(&self, first: u32, n: u32) {
         let size = self.ring.size();
-        let Ok(ring) = self.ring.access() else { return };
+        let ring = self.ring.access_known();
         for ahead in (0..n.min(size)).step_by(DESCRIPTORS_PER_LINE as usize) {
             let slot = first + ahead;
             ring.prefetch_write(if slot >= size { slot - size } else { slot });
@@ -149,9 +155,12 @@ impl PackedQueue {
     /// one descriptor, as the same method of `SplitQueue`.
     #[inline]
     pub fn prefetch_buffer(&mut self, mem: &GuestMemory, ahead: u16) {
+        if self.look().is_err() {
+            return;
+        }
         let size = self.ring.size();
         let at = self.avail.forth(u32::from(ahead).min(size), size);
-        let Ok(ring) = self.ring.access() else { return };
+        let ring = self.ring.access_known();
         if ring.word(at.slot).matches(AVAIL | USED, at.available()) {
             let addr = ring.addr(at.slot);
             mem.prefetch_write(addr);

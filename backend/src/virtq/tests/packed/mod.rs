@@ -5,4 +5,5 @@ pub(crate) mod driver;
 mod hostile;
 mod migration;
 mod oracle;
+mod resync;
 mod threads;
