@@ -49,7 +49,7 @@ struct Options {
     #[arg(long)]
     client: bool,
 
-    /// Where packets go: tap:NAME[,up] | tap-fd:N[:N...] (one per queue pair) | xdp:INTERFACE[,OPTION...] | null (count and drop)
+    /// Where packets go: tap:NAME[,up] | tap-fd:N[:N...] (one per queue pair) | xdp:INTERFACE[,OPTION...] | peer:PORT (with --config) | null (count and drop)
     #[arg(long, value_name = "UPLINK")]
     uplink: Option<UplinkSpec>,
 

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod file;
+mod peers;
 mod poll;
 #[cfg(test)]
 mod tests;
@@ -13,6 +14,7 @@ mod uplink_spec;
 mod xdp_spec;
 
 pub use file::{ConfigError, load, parse_text};
+pub use peers::peer_of;
 pub use poll::Poll;
 pub use uplink_spec::UplinkSpec;
 pub use xdp_spec::XdpSpec;
@@ -313,6 +315,9 @@ pub enum Problem {
         /// The port that had it first.
         other: String,
     },
+    /// A peer link with one end.
+    #[error(transparent)]
+    Peer(#[from] peers::PeerProblem),
     /// A configuration without ports.
     #[error("there is no port, add a [[port]] section with socket and uplink")]
     NoPort,
@@ -547,7 +552,7 @@ pub(crate) fn check_ports(ports: &[PortConfig]) -> Result<(), (Option<usize>, Pr
             seen.insert(what, index);
         }
     }
-    Ok(())
+    peers::check(ports).map_err(|(index, problem)| (Some(index), problem.into()))
 }
 
 /// What a port has for itself, in the words of the error message.
@@ -571,7 +576,7 @@ fn exclusive_things(port: &PortConfig) -> Vec<String> {
                 format!("address {mac}{vlan} on xdp:{}", xdp.interface)
             }));
         }
-        UplinkSpec::Null { .. } => {}
+        UplinkSpec::Peer(_) | UplinkSpec::Null { .. } => {}
     }
     things
 }

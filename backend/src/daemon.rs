@@ -4,7 +4,7 @@
 //! that says what to do. In the loop only peers fail.
 #![forbid(unsafe_code)]
 
-use crate::config::{Config, PortConfig, Postcopy, PostcopyMultiqueue, UplinkSpec};
+use crate::config::{self, Config, PortConfig, Postcopy, PostcopyMultiqueue, UplinkSpec};
 use crate::memory::sigbus::MAX_LIVE_MAPPINGS;
 use crate::net::counters::PairCounters;
 use crate::observe::{self, Observer};
@@ -16,6 +16,7 @@ use crate::port::{MEM_SLOTS_MAX, MEM_SLOTS_MIN, Port};
 use crate::postcopy::uffd::{UffdError, Userfaultfd};
 use crate::reactor::{Done, Mailbox, Reactor, SetupError};
 use crate::uplink::null::Null;
+use crate::uplink::peer;
 use crate::uplink::tap::{Tap, TapError};
 use crate::uplink::xdp::{self, NicOptions, PortOptions, Rules, XdpError};
 use crate::uplink::{Uplink, UplinkQueue};
@@ -103,6 +104,11 @@ fn open_uplinks(ports: &[PortConfig]) -> Result<Vec<OpenUplink>, DaemonError> {
                     open[id] = Some(uplink);
                 }
             }
+            UplinkSpec::Peer(_) => {
+                for (id, uplink) in open_link(ports, id)? {
+                    open[id] = Some(uplink);
+                }
+            }
             _ => {
                 let (uplink, queues) = open_own(&ports[id])?;
                 // No two pairs need the same worker.
@@ -157,6 +163,47 @@ fn open_interface(
     Ok(ids.into_iter().zip(uplinks).collect())
 }
 
+/// Opens both ends of a peer link, of which `first` is the first.
+fn open_link(ports: &[PortConfig], first: usize) -> Result<Vec<(usize, OpenUplink)>, DaemonError> {
+    let other = config::peer_of(ports, first).unwrap_or(first);
+    let side = |id: usize| {
+        let PortConfig { name, queue_pairs, mtu, .. } = &ports[id];
+        peer::Side { name, pairs: *queue_pairs, mtu: *mtu }
+    };
+    let ends = peer::wire(side(first), side(other)).map_err(|error| DaemonError::System("eventfd", error))?;
+    let uplinks = ends.into_iter().map(|(port, queues)| OpenUplink {
+        // Frames go from ring to ring, so one worker has both.
+        groups: vec![first; queues.len()],
+        uplink: Arc::new(port),
+        queues: boxed(queues),
+    });
+    Ok([first, other].into_iter().zip(uplinks).collect())
+}
+
+/// The ports of a peer link have one MTU: the smaller.
+fn agree_on_mtus(ports: &mut [PortConfig]) {
+    for id in 0..ports.len() {
+        let Some(other) = config::peer_of(ports, id) else { continue };
+        let (ours, theirs) = (ports[id].mtu, ports[other].mtu);
+        if let Some(theirs) = theirs
+            && ours.is_none_or(|ours| ours > theirs)
+        {
+            let (port, peer) = (&ports[id].name, &ports[other].name);
+            tracing::info!(port, "its MTU is {theirs}, as that of {peer}, to which it is wired");
+            ports[id].mtu = Some(theirs);
+        }
+    }
+}
+
+/// The pairs that those of a port are wired to.
+fn peers(ports: &[PortConfig], id: usize) -> Vec<PairKey> {
+    let other =
+        config::peer_of(ports, id).and_then(|other| Some((u16::try_from(other).ok()?, ports.get(other)?)));
+    other.map_or_else(Vec::new, |(port, config)| {
+        (0..config.queue_pairs).map(|pair| PairKey { port, pair }).collect()
+    })
+}
+
 fn open_null(queue_pairs: u16, generate: Option<u16>) -> Result<OwnUplink, DaemonError> {
     let null = Null::new(generate);
     let queues = null.queues(queue_pairs).map_err(|error| DaemonError::System("eventfd", error))?;
@@ -167,7 +214,7 @@ fn open_null(queue_pairs: u16, generate: Option<u16>) -> Result<OwnUplink, Daemo
 fn open_own(port: &PortConfig) -> Result<OwnUplink, DaemonError> {
     let tap = match &port.uplink {
         UplinkSpec::Null { generate } => return open_null(port.queue_pairs, *generate),
-        UplinkSpec::Xdp(_) => return open_null(port.queue_pairs, None),
+        UplinkSpec::Xdp(_) | UplinkSpec::Peer(_) => return open_null(port.queue_pairs, None),
         UplinkSpec::Tap { name, .. } => Tap::open(name, port.queue_pairs, port.mtu),
         UplinkSpec::TapFds(fds) => Tap::inherit(fds, port.mtu),
     };
@@ -217,7 +264,7 @@ fn raise_descriptor_limit() {
 ///
 /// # Errors
 /// See [`DaemonError`].
-pub fn run(config: Config) -> Result<(), DaemonError> {
+pub fn run(mut config: Config) -> Result<(), DaemonError> {
     raise_descriptor_limit();
     let signals = open_signals().map_err(|error| DaemonError::System("signalfd", error))?;
     let mut reactor: Reactor<Token> = Reactor::new()?;
@@ -229,7 +276,9 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
     let mem_slots = mem_slots(config.ports.len());
     let userfaultfd = Userfaultfd::new().map(drop);
     let mut routes = Routes::default();
+    agree_on_mtus(&mut config.ports);
     let uplinks = open_uplinks(&config.ports)?;
+    let wires: Vec<_> = (0..config.ports.len()).map(|id| peers(&config.ports, id)).collect();
     for ((id, port), open) in (0..).zip(config.ports).zip(uplinks) {
         let OpenUplink { uplink, queues, groups } = open;
         routes.0.push(groups.into_iter().map(|group| group % usize::from(config.workers)).collect());
@@ -238,7 +287,8 @@ pub fn run(config: Config) -> Result<(), DaemonError> {
         let counters: Vec<_> = queues.iter().map(|_| Arc::new(PairCounters::default())).collect();
         for ((pair, uplink), counters) in (0..).zip(queues).zip(&counters) {
             let key = PairKey { port: id, pair };
-            attachments.push(Attachment { key, uplink, counters: counters.clone() });
+            let peers = wires[usize::from(id)].clone();
+            attachments.push(Attachment { key, uplink, counters: counters.clone(), peers });
         }
         tracing::info!(port = port.name, "{}, uplink {}", port.endpoint, uplink.describe());
         let postcopy = offers_postcopy(&port, userfaultfd.as_ref())?;

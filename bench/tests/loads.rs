@@ -98,6 +98,8 @@ fn sent_packets_stay_whole() -> Result<()> {
     }
     vubench("tx", &[("--socket", &socket)], &["--packed"])?;
     vubench("tx", &[("--socket", &socket)], &["--packed", "--event-idx", "--ring-size", "64"])?;
+    vubench("tx", &[("--socket", &socket)], &["--in-order"])?;
+    vubench("tx", &[("--socket", &socket)], &["--packed", "--in-order"])?;
     let paced = vubench("tx", &[("--socket", &socket)], &["--pps", "20000"])?;
     ensure!(paced["tx_mpps"].as_f64().is_some_and(|mpps| mpps < 0.05), "{paced}");
     Ok(())
@@ -114,6 +116,8 @@ fn received_packets_are_whole() -> Result<()> {
     vubench("both", &[("--socket", &short)], &["--event-idx"])?;
     vubench("rx", &[("--socket", &long)], &["--packed", "--receive-len", "512"])?;
     vubench("both", &[("--socket", &short)], &["--packed"])?;
+    vubench("both", &[("--socket", &short)], &["--packed", "--in-order"])?;
+    vubench("both", &[("--socket", &short)], &["--in-order"])?;
     Ok(())
 }
 
@@ -127,6 +131,30 @@ fn many_ports_at_once() -> Result<()> {
     let measured = vubench("tx", &sockets, &["--pps", "5000", "--greedy", "1"])?;
     let by_port = measured["by_port"].as_array().context("by port")?;
     ensure!(by_port.len() == 8 && by_port.iter().all(|n| n.as_u64() > Some(0)), "{measured}");
+    Ok(())
+}
+
+#[test]
+fn packets_go_round_between_peers() -> Result<()> {
+    let backend = BackEnd::start(&[("left", "peer:right"), ("right", "peer:left")])?;
+    let (left, right) = (backend.socket("left"), backend.socket("right"));
+    let ends = [("--socket", left.as_path()), ("--peer-socket", right.as_path())];
+    for more in [
+        &[][..],
+        &["--packed"],
+        &["--frame", "1500", "--in-flight", "32"],
+        &["--frame", "1500", "--receive-len", "512", "--packed", "--in-order", "--in-flight", "32"],
+        &["--one-way", "--event-idx"],
+    ] {
+        let measured = vubench("loop", &ends, more)?;
+        // The ring has room for all that is in flight.
+        ensure!(measured["lost"] == 0, "{more:?}: {measured}");
+    }
+    for more in [&[][..], &["--packed"], &["--pps", "5000"]] {
+        let measured = vubench("latency", &ends, more)?;
+        let trip = &measured["round_trip"];
+        ensure!(trip["p50_ns"].as_u64() <= trip["p99_ns"].as_u64(), "{more:?}: {measured}");
+    }
     Ok(())
 }
 

@@ -71,6 +71,10 @@ pub struct QemuConfig {
     pub cpus: u32,
     /// Queue pairs of the device.
     pub queue_pairs: u16,
+    /// The guest's address.
+    pub ip: String,
+    /// The device's address.
+    pub mac: String,
     /// More properties of the device, such as `host_mtu=1400`.
     pub device: Vec<String>,
     /// Start as the destination of a migration.
@@ -90,6 +94,8 @@ impl QemuConfig {
             memory_slots: 0,
             cpus: 1,
             queue_pairs: 1,
+            ip: GUEST_IP.to_owned(),
+            mac: GUEST_MAC.to_owned(),
             device: Vec::new(),
             is_incoming: false,
         }
@@ -123,7 +129,7 @@ impl QemuConfig {
         pair("-initrd", artefacts.initramfs.display().to_string());
         // init_on_alloc=0: packet buffers are written by the back-end alone, so that its dirty log is what counts.
         let settings = "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check nokaslr mitigations=off init_on_alloc=0";
-        pair("-append", format!("{settings} lab_ip={GUEST_IP}/{PREFIX}"));
+        pair("-append", format!("{settings} lab_ip={}/{PREFIX}", self.ip));
         let mut chardev = format!("socket,id=vu0,path={}", self.socket.display());
         if self.is_server {
             chardev.push_str(",server=on");
@@ -135,7 +141,7 @@ impl QemuConfig {
         let queues =
             if self.queue_pairs > 1 { format!(",queues={}", self.queue_pairs) } else { String::new() };
         pair("-netdev", format!("vhost-user,id=n0,chardev=vu0{queues}"));
-        let mut device = format!("virtio-net-pci,id=nic0,netdev=n0,mac={GUEST_MAC},romfile=");
+        let mut device = format!("virtio-net-pci,id=nic0,netdev=n0,mac={},romfile=", self.mac);
         if self.queue_pairs > 1 {
             // Two vectors per pair, one for the control queue, one for configuration changes.
             device.push_str(&format!(",mq=on,vectors={}", 2 * self.queue_pairs + 2));

@@ -106,7 +106,7 @@ const ERRORS: &[(&str, &str)] = &[
     ("--fd x --uplink null", "error: invalid value 'x' for '--fd <N>': 'x' is not a whole number"),
     ("--fd=-1 --uplink null", "error: invalid value '-1' for '--fd <N>': fd is -1, choose a number from 0 to 2147483647"),
     ("--fd 3 --uplink dpdk:eth0",
-        "error: invalid value 'dpdk:eth0' for '--uplink <UPLINK>': uplink 'dpdk:eth0' is unknown, use tap:NAME, tap-fd:N, xdp:INTERFACE or null"),
+        "error: invalid value 'dpdk:eth0' for '--uplink <UPLINK>': uplink 'dpdk:eth0' is unknown, use tap:NAME, tap-fd:N, xdp:INTERFACE, peer:PORT or null"),
     ("--fd 3 --uplink null --queue-pairs 0",
         "error: invalid value '0' for '--queue-pairs <N>': queue-pairs is 0, choose a number from 1 to 128"),
     ("--fd 3 --uplink null --workers 65",

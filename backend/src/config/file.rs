@@ -165,7 +165,7 @@ fn build_port(port: &Port) -> Result<PortConfig, Placed> {
         name: name.unwrap_or_else(|| super::default_name(&endpoint)),
         endpoint,
         uplink: uplink.ok_or(whole(Problem::UplinkMissing(
-            "uplink = \"tap:NAME\", \"tap-fd:N\", \"xdp:INTERFACE\", \"null\"",
+            "uplink = \"tap:NAME\", \"tap-fd:N\", \"xdp:INTERFACE\", \"peer:PORT\", \"null\"",
         )))?,
         queue_pairs: checked(&port.queue_pairs, |n| super::queue_pairs(*n))?.unwrap_or(1),
         mtu: checked(&port.mtu, |n| super::mtu(*n))?,

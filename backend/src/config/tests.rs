@@ -128,6 +128,16 @@ fn limits_are_inclusive() {
 /// (what is checked, the file, the whole sentence)
 #[rustfmt::skip]
 const ERRORS: &[(&str, &str, &str)] = &[
+    ("peer without a name", "[[port]]\nsocket='s'\nuplink='peer'",
+        "ports.toml:3: peer '' is no port's name, write peer:PORT with the name of another [[port]] of the file"),
+    ("peer that is not there", "[[port]]\nname='a'\nsocket='s'\nuplink='peer:b'",
+        "ports.toml:1: port 'a': uplink peer:b: there is no port 'b', give both ports a name in one configuration file"),
+    ("peer itself", "[[port]]\nname='a'\nsocket='s'\nuplink='peer:a'",
+        "ports.toml:1: port 'a': uplink peer:a is the port itself, name another"),
+    ("peer of one side", "[[port]]\nname='a'\nsocket='s'\nuplink='peer:b'\n[[port]]\nname='b'\nsocket='t'\nuplink='null'",
+        "ports.toml:1: port 'a': uplink peer:b: port 'b' has uplink null, give it uplink = \"peer:a\": a link has two ends"),
+    ("peers of a third", "[[port]]\nname='a'\nsocket='s'\nuplink='peer:b'\n[[port]]\nname='b'\nsocket='t'\nuplink='peer:a'\n[[port]]\nname='c'\nsocket='u'\nuplink='peer:a'",
+        "ports.toml:9: port 'c': uplink peer:a: port 'a' has uplink peer:b, give it uplink = \"peer:c\": a link has two ends"),
     ("no port", "workers = 1", "ports.toml: there is no port, add a [[port]] section with socket and uplink"),
     ("workers low", "workers = 0", "ports.toml:1: workers is 0, choose a number from 1 to 64"),
     ("workers high", "\nworkers = 65", "ports.toml:2: workers is 65, choose a number from 1 to 64"),
@@ -170,11 +180,11 @@ const ERRORS: &[(&str, &str, &str)] = &[
     ("empty path", "[[port]]\nsocket=''\nuplink='null'",
         "ports.toml:2: the socket's path is empty, give the path of a Unix socket"),
     ("no uplink", "[[port]]\nsocket='s'",
-        "ports.toml:1: no uplink, add one of: uplink = \"tap:NAME\", \"tap-fd:N\", \"xdp:INTERFACE\", \"null\""),
+        "ports.toml:1: no uplink, add one of: uplink = \"tap:NAME\", \"tap-fd:N\", \"xdp:INTERFACE\", \"peer:PORT\", \"null\""),
     ("uplink kind", "[[port]]\nsocket='s'\nuplink='tun:a'",
-        "ports.toml:3: uplink 'tun:a' is unknown, use tap:NAME, tap-fd:N, xdp:INTERFACE or null"),
+        "ports.toml:3: uplink 'tun:a' is unknown, use tap:NAME, tap-fd:N, xdp:INTERFACE, peer:PORT or null"),
     ("uplink empty", "[[port]]\nsocket='s'\nuplink=''",
-        "ports.toml:3: uplink '' is unknown, use tap:NAME, tap-fd:N, xdp:INTERFACE or null"),
+        "ports.toml:3: uplink '' is unknown, use tap:NAME, tap-fd:N, xdp:INTERFACE, peer:PORT or null"),
     ("tap without name", "[[port]]\nsocket='s'\nuplink='tap'",
         "ports.toml:3: tap name '' is not usable, take 1 to 15 characters without blank, '/', ':', '%' or ','"),
     ("tap long name", "[[port]]\nsocket='s'\nuplink='tap:abcdefghijklmnop'",
@@ -285,9 +295,22 @@ fn unreadable_files() {
 
 #[test]
 fn uplink_text_round_trips() {
-    for text in ["tap:a", "tap:a,up", "tap-fd:3", "tap-fd:3:9:4", "xdp:e,vlan=7", "null"] {
+    for text in ["tap:a", "tap:a,up", "tap-fd:3", "tap-fd:3:9:4", "xdp:e,vlan=7", "peer:b", "null"] {
         assert_eq!(text.parse::<UplinkSpec>().expect(text).to_string(), text);
     }
+}
+
+#[test]
+fn ports_may_be_wired_in_any_order_and_with_any_pairs() {
+    let port = |name, peer, pairs| {
+        format!(
+            "[[port]]\nname = '{name}'\nsocket = '{name}'\nuplink = 'peer:{peer}'\nqueue-pairs = {pairs}\n"
+        )
+    };
+    let text = [port("a", "c", 1), port("b", "d", 2), port("c", "a", 4), port("d", "b", 2)].concat();
+    let config = parse(&text).unwrap();
+    let peers: Vec<_> = (0..5).map(|index| peer_of(&config.ports, index)).collect();
+    assert_eq!(peers, [Some(2), Some(3), Some(0), Some(1), None]);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The text form of an uplink: `tap:NAME[,up]`, `tap-fd:N[:N…]`, `xdp:INTERFACE[,…]`, `null`.
+//! The text form of an uplink: `tap:NAME[,up]`, `tap-fd:N[:N…]`, `xdp:INTERFACE[,…]`, `peer:PORT`, `null`.
 //!
 //! Here: syntax only; of xdp in `xdp_spec`. Opening what it names is the work of `uplink/`.
 #![forbid(unsafe_code)]
@@ -26,6 +26,8 @@ pub enum UplinkSpec {
     TapFds(Vec<RawFd>),
     /// AF_XDP sockets on an interface, which ports may share.
     Xdp(XdpSpec),
+    /// Another port of this process, by its name; that names this one.
+    Peer(String),
     /// Counts and drops what the guest sends.
     Null {
         /// Frames of so many bytes are made for the guest, as fast as it takes them.
@@ -37,7 +39,7 @@ pub enum UplinkSpec {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UplinkProblem {
     /// Not a kind that exists.
-    #[error("uplink '{0}' is unknown, use tap:NAME, tap-fd:N, xdp:INTERFACE or null")]
+    #[error("uplink '{0}' is unknown, use tap:NAME, tap-fd:N, xdp:INTERFACE, peer:PORT or null")]
     Kind(String),
     /// Not a name that the kernel takes.
     #[error(
@@ -56,6 +58,9 @@ pub enum UplinkProblem {
     /// The options of an XDP uplink.
     #[error(transparent)]
     Xdp(#[from] XdpProblem),
+    /// Not a name that a port can have.
+    #[error("peer '{0}' is no port's name, write peer:PORT with the name of another [[port]] of the file")]
+    PeerName(String),
     /// Text after `null` that means nothing.
     #[error(
         "uplink null does not know '{0}', it is null, null:generate or null:generate=BYTES with {GENERATED_MIN} to {GENERATED_MAX} bytes"
@@ -73,10 +78,16 @@ impl FromStr for UplinkSpec {
             "tap" => tap(rest.strip_prefix(':').unwrap_or("")),
             "tap-fd" => tap_fds(rest.strip_prefix(':').unwrap_or(rest)),
             "xdp" => Ok(Self::Xdp(rest.strip_prefix(':').unwrap_or("").parse()?)),
+            "peer" => peer(rest.strip_prefix(':').unwrap_or("")),
             "null" => null(rest),
             _ => Err(UplinkProblem::Kind(text.to_owned())),
         }
     }
+}
+
+fn peer(name: &str) -> Result<UplinkSpec, UplinkProblem> {
+    let name = super::port_name(name).map_err(|_| UplinkProblem::PeerName(name.to_owned()))?;
+    Ok(UplinkSpec::Peer(name))
 }
 
 /// Bytes of frames that are made if nothing else is said.
@@ -145,6 +156,7 @@ impl fmt::Display for UplinkSpec {
                 fds.iter().try_for_each(|fd| write!(f, ":{fd}"))
             }
             Self::Xdp(xdp) => write!(f, "xdp:{xdp}"),
+            Self::Peer(name) => write!(f, "peer:{name}"),
             Self::Null { generate: None } => write!(f, "null"),
             Self::Null { generate: Some(bytes) } => write!(f, "null:generate={bytes}"),
         }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::copy;
 use super::dirty::DirtyLog;
+use super::hint;
 use super::iovec::{IoVec, IoVecs};
 use super::mapping::Mapping;
 use super::residency::ResidencyMap;
@@ -265,7 +266,7 @@ impl GuestMemory {
     #[inline]
     pub fn prefetch(&self, gpa: u64) {
         if let Ok(piece) = self.piece(gpa, 1) {
-            prefetch_line(piece.host);
+            hint::read(piece.host.as_ptr());
         }
     }
 
@@ -273,7 +274,7 @@ impl GuestMemory {
     #[inline]
     pub fn prefetch_write(&self, gpa: u64) {
         if let Ok(piece) = self.piece(gpa, 1) {
-            prefetch_line_write(piece.host);
+            hint::write(piece.host.as_ptr());
         }
     }
 
@@ -380,36 +381,6 @@ fn check_disjoint(
         end = start.checked_add(size).ok_or(LayoutError::Wraps(start))?;
     }
     Ok(())
-}
-
-#[inline(always)]
-pub(super) fn prefetch_line(at: NonNull<u8>) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch does not fault and changes nothing.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.as_ptr().cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
-}
-
-/// As `prefetch_line`, for ownership of the line. The intrinsic becomes a plain prefetch unless the build names a CPU that
-/// has PREFETCHW; the instruction itself does nothing on those that have not.
-#[inline(always)]
-pub(super) fn prefetch_line_write(at: NonNull<u8>) {
-    prefetch_write(at.as_ptr());
-}
-
-/// As `prefetch_line_write`, for any address.
-#[inline(always)]
-pub(super) fn prefetch_write(at: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch does not fault and changes nothing.
-    unsafe {
-        std::arch::asm!("prefetchw [{}]", in(reg) at, options(nostack, preserves_flags, readonly));
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
 }
 
 impl std::fmt::Debug for GuestMemory {

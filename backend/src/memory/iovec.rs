@@ -24,7 +24,13 @@ pub struct IoVec<'m> {
 // SAFETY: an IoVec is an address for the kernel; nothing can be read through it here.
 unsafe impl Send for IoVec<'_> {}
 
-impl IoVec<'_> {
+impl<'m> IoVec<'m> {
+    /// Bytes of our own, to be read.
+    #[inline(always)]
+    pub fn own(bytes: &'m [u8]) -> Self {
+        Self::new(bytes.as_ptr().cast_mut(), bytes.len())
+    }
+
     /// `len` bytes at `base`. The caller (in `memory`) vouches that they stay mapped for the lifetime it picks.
     #[inline]
     pub(super) fn new(base: *mut u8, len: usize) -> Self {
@@ -206,9 +212,25 @@ impl<'m, const N: usize> IoVecs<'m, N> {
         self.push(IoVec::new(bytes.as_mut_ptr(), bytes.len()))
     }
 
-    /// Appends a piece of guest memory to be read. False when full.
+    /// Appends a frame of two pieces: a header of our own, and what [`super::Nearby::find`] has found. False when full.
+    #[inline(always)]
+    pub fn push_frame(&mut self, header: &'m [u8], frame: IoVec<'m>) -> bool {
+        self.read_only = true;
+        if self.list.remaining_capacity() < 2 {
+            return false;
+        }
+        // SAFETY: there is room for two.
+        unsafe {
+            self.list.push_unchecked(IoVec::new(header.as_ptr().cast_mut(), header.len()));
+            self.list.push_unchecked(frame);
+        }
+        true
+    }
+
+    /// Appends an entry of another list, to be read. False when full.
     #[inline]
     pub fn push_piece(&mut self, piece: IoVec<'m>) -> bool {
+        self.read_only = true;
         self.push(piece)
     }
 

@@ -20,6 +20,7 @@ mod copy;
 mod dirty;
 mod error;
 mod guest;
+mod hint;
 mod iovec;
 pub mod layout;
 mod mapping;

@@ -82,6 +82,25 @@ mod arch {
             );
         }
     }
+
+    /// Whether [`copy_string`] is fast here (the CPU's "enhanced REP MOVSB").
+    #[inline(always)]
+    pub(in super::super) fn has_fast_strings() -> bool {
+        std::arch::is_x86_feature_detected!("ermsb")
+    }
+
+    /// Copies `len` bytes by one string instruction, which can be interrupted (by a fault, too) and goes on where it was.
+    ///
+    /// # Safety
+    /// `from` must be valid for a read of `len` bytes, `to` for a write.
+    #[inline(always)]
+    pub(in super::super) unsafe fn copy_string(from: *const u8, to: *mut u8, len: usize) {
+        // SAFETY: the caller's promise; the direction flag is clear, as the ABI demands.
+        unsafe {
+            asm!("rep movsb", inout("rcx") len => _, inout("rsi") from => _, inout("rdi") to => _,
+                options(nostack, preserves_flags));
+        }
+    }
 }
 
 #[cfg(not(all(target_arch = "x86_64", not(miri))))]
@@ -123,6 +142,22 @@ mod arch {
             b.store(to.add(8));
         }
     }
+
+    /// There is no such instruction.
+    pub(in super::super) fn has_fast_strings() -> bool {
+        false
+    }
+
+    /// Copies `len` bytes one by one.
+    ///
+    /// # Safety
+    /// `from` must be valid for a read of `len` bytes, `to` for a write.
+    pub(in super::super) unsafe fn copy_string(from: *const u8, to: *mut u8, len: usize) {
+        for i in 0..len {
+            // SAFETY: the caller's promise.
+            unsafe { u8::load(from.add(i)).store(to.add(i)) };
+        }
+    }
 }
 
-pub(super) use arch::{BLOCK, Wide, copy_block};
+pub(super) use arch::{BLOCK, Wide, copy_block, copy_string, has_fast_strings};

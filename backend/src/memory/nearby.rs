@@ -1,7 +1,8 @@
 //! Buffers that lie close together: the region of the last one is tried first. Of a burst's buffers nearly all are in the same
 //! region, which then costs one comparison and no load.
 
-use super::guest::{GuestMemory, prefetch_line, prefetch_line_write};
+use super::guest::GuestMemory;
+use super::hint;
 use super::iovec::IoVec;
 use std::ptr::NonNull;
 
@@ -55,22 +56,8 @@ impl<'m> IoVec<'m> {
     /// Asks the CPU for its first `lines` lines, as a hint.
     #[inline(always)]
     pub fn prefetch(&self, lines: usize) {
-        self.each_line(lines, prefetch_line);
-    }
-
-    /// As [`Self::prefetch`], for lines that are going to be written.
-    #[inline(always)]
-    pub fn prefetch_write(&self, lines: usize) {
-        self.each_line(lines, prefetch_line_write);
-    }
-
-    #[inline(always)]
-    fn each_line(&self, lines: usize, ask: impl Fn(NonNull<u8>)) {
-        // A prefetch never faults, so one beyond the end does no harm.
         for line in 0..lines {
-            if let Some(at) = NonNull::new(self.base().wrapping_add(line * LINE)) {
-                ask(at);
-            }
+            hint::read(self.base().wrapping_add(line * LINE));
         }
     }
 }

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::dirty::DirtyLog;
-use super::guest::{prefetch_line, prefetch_line_write};
+use super::hint;
 use super::ring::{DESC_SIZE, MAX_QUEUE_SIZE, RingError, RingLayout, RingPart};
 use super::ring_parts::{Area, DESC_ALIGN};
 use super::{AccessError, GuestMemory, MissingRange, copy};
@@ -253,13 +253,13 @@ impl<'a> PackedAccess<'a> {
     /// Asks the CPU for the line of `slot`, as a hint.
     #[inline(always)]
     pub fn prefetch(self, slot: u32) {
-        prefetch_line(self.desc(slot));
+        hint::read(self.desc(slot).as_ptr());
     }
 
     /// Asks the CPU for the line of `slot`, which is going to be written, as a hint.
     #[inline(always)]
     pub fn prefetch_write(self, slot: u32) {
-        prefetch_line_write(self.desc(slot));
+        hint::write(self.desc(slot).as_ptr());
     }
 
     /// Entries.

@@ -21,7 +21,7 @@ use virtio_queue::desc::split::Descriptor;
 
 use super::copy;
 use super::dirty::DirtyLog;
-use super::guest::{prefetch_line, prefetch_line_write};
+use super::hint;
 use super::ring_parts::{Area, DESC_ALIGN};
 use super::{AccessError, GuestMemory, MissingRange};
 
@@ -210,9 +210,8 @@ impl<'a> RingAccess<'a> {
     #[inline(always)]
     pub fn prefetch_descriptor(self, index: u16) {
         // SAFETY: the masked index lies in the table.
-        prefetch_line(unsafe {
-            self.view.desc.add(usize::from(index & self.view.mask) * DESC_SIZE as usize)
-        });
+        let at = unsafe { self.view.desc.add(usize::from(index & self.view.mask) * DESC_SIZE as usize) };
+        hint::read(at.as_ptr());
     }
 
     /// Asks the CPU for the line of the used element of free-running index `index`, which is going to be written, as a hint.
@@ -220,7 +219,7 @@ impl<'a> RingAccess<'a> {
     pub fn prefetch_used(self, index: u16) {
         let slot = usize::from(index & self.view.mask);
         // SAFETY: the masked index lies in the ring.
-        prefetch_line_write(unsafe { self.view.used.add(RING + slot * USED_ELEM) });
+        hint::write(unsafe { self.view.used.add(RING + slot * USED_ELEM) }.as_ptr());
     }
 
     /// `used.idx`, which only we write: for the start, when somebody else did before us.

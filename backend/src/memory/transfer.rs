@@ -6,7 +6,8 @@
 
 use super::AccessError;
 use super::copy;
-use super::guest::{GuestMemory, prefetch_write};
+use super::guest::GuestMemory;
+use super::hint;
 use super::iovec::IoVec;
 use super::moves::Unit;
 use super::nearby::Nearby;
@@ -41,17 +42,23 @@ impl Place<'_> {
         self.0.is_empty()
     }
 
-    /// Asks the CPU for the lines of its first `len` bytes, which are going to be written, as a hint. Returns how many lines
-    /// that are.
+    /// Asks the CPU for the lines of its first `len` bytes (one at least), which are going to be written, as a hint. Returns for how many
+    /// lines it has asked.
     #[inline(always)]
     pub fn prefetch_write(&self, len: usize) -> usize {
+        if len <= 2 * LINE {
+            // Most frames: the first line and the last, which may be the same; a third is of a frame that lies badly.
+            hint::write(self.0.base());
+            hint::write(self.0.base().wrapping_add(len.saturating_sub(1)));
+            return 2;
+        }
         // As `div_ceil`, without its branches.
         let lines = (self.0.base().addr() % LINE + len + LINE - 1) >> LINE.ilog2();
         let mut line = self.0.base();
         let end = line.wrapping_add(lines * LINE);
         while line != end {
             // A prefetch never faults, so one beyond the end does no harm.
-            prefetch_write(line);
+            hint::write(line);
             line = line.wrapping_add(LINE);
         }
         lines
@@ -68,6 +75,18 @@ impl Place<'_> {
                 end.to_le().store(self.0.base().add(8));
             }
             self.pieces(frame);
+        }
+    }
+
+    /// The same of a frame in one piece. The checksum fields that `end` begins with are the caller's.
+    #[inline(always)]
+    pub fn fill_one(&self, start: u64, end: u32, frame: IoVec<'_>) {
+        let Some(room) = self.0.len().checked_sub(HEADER) else { return };
+        // SAFETY: as above; `len` bytes are left of the place, and a piece is memory that stays mapped while it lives.
+        unsafe {
+            start.to_le().store(self.0.base());
+            end.to_le().store(self.0.base().add(8));
+            copy::bulk_between_guests(frame.base(), self.0.base().add(HEADER), frame.len().min(room));
         }
     }
 
@@ -92,7 +111,16 @@ impl Place<'_> {
     }
 }
 
-impl IoVec<'_> {
+impl<'m> IoVec<'m> {
+    /// The first 8 bytes of its header of 12, as a little-endian number, read once, and what is behind the header; `None` if it is
+    /// shorter.
+    #[inline(always)]
+    pub fn split_header(&self) -> Option<(u64, IoVec<'m>)> {
+        let rest = self.len().checked_sub(HEADER)?;
+        // SAFETY: an entry is memory that stays mapped while it lives, and has 12 bytes; what is behind is within it or its end.
+        unsafe { Some((u64::from_le(u64::load(self.base())), IoVec::new(self.base().add(HEADER), rest))) }
+    }
+
     /// Its 12 bytes as two little-endian numbers, if it has just these.
     #[inline(always)]
     pub fn first_words(&self) -> Option<(u64, u32)> {
@@ -187,8 +215,9 @@ mod tests {
         pieces.push_own(&b);
         let mut near = Nearby::new(&memory);
         let place = near.place(0x1001, 200).unwrap();
-        assert_eq!(place.prefetch_write(63), 1);
         assert_eq!(place.prefetch_write(64), 2);
+        assert_eq!(place.prefetch_write(191), 3);
+        assert_eq!(place.prefetch_write(192), 4);
         place.fill(0x0909_0909_0909_0909, 0x0909_0909, pieces.as_slice());
         let expected = [&[0u8][..], &[9; 12], &a, &b, &[0]].concat();
         assert_eq!(bytes(&file, 0x1000, expected.len()), expected);

@@ -61,6 +61,16 @@ counters! {
     rx_dropped_too_long,
     /// Frames dropped because the ring stopped while they waited for buffers.
     rx_dropped_stopped,
+    /// Frames of the peer dropped because the receive ring did not run, or was not enabled.
+    rx_dropped_no_ring,
+    /// Frames of the peer dropped because the guest had given no buffers for a while.
+    rx_dropped_no_buffers,
+    /// Frames of the peer dropped because they were longer than the MTU.
+    rx_dropped_mtu,
+    /// Frames of the peer dropped because the guest takes no such offload, and it could not be done in software.
+    rx_dropped_offload,
+    /// Frames of the peer whose checksum was filled in, or that were cut into segments, in software.
+    rx_software_offload,
     /// Frames dropped because the inbox was full: copies of broadcasts, and what local ports sent.
     rx_dropped_inbox,
     /// Frames that came by the inbox; they count as received, too.

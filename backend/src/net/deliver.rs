@@ -30,6 +30,8 @@ const BATCH: usize = 64;
 /// Lines of buffers that are asked for ahead of the copy: a batch of small frames, but four to eight of 1500 bytes. Those of
 /// more large ones would drive each other out of the first cache.
 const LINES_AHEAD: usize = 192;
+/// Bytes of one frame that are asked for ahead: what is behind them, the CPU asks for by itself, as it is copied in sequence.
+const BYTES_AHEAD: usize = 1536;
 /// A cache line, as far as prefetching goes, bytes.
 const LINE: usize = 64;
 /// Chains that one frame may be spread over.
@@ -133,7 +135,7 @@ struct Delivery<'a> {
 
 /// Bytes of a frame, without its header.
 #[inline(always)]
-fn frame_len(buffers: &[IoVec<'_>]) -> usize {
+pub fn frame_len(buffers: &[IoVec<'_>]) -> usize {
     match buffers {
         [_, frame] => frame.len(),
         _ => buffers.iter().skip(1).map(IoVec::len).sum(),
@@ -181,7 +183,7 @@ fn find<'a>(
         let Some(place) = near.place(single.gpa, single.len).filter(|place| place.len() >= len) else {
             return false;
         };
-        *lines += place.prefetch_write(len);
+        *lines += place.prefetch_write(len.min(BYTES_AHEAD));
         if found.try_push(Found { buffers, place, len }).is_err() || *lines >= LINES_AHEAD {
             return true;
         }
@@ -202,7 +204,7 @@ fn fill<const MORE: bool>(found: &[Found<'_>], lines: &mut usize) -> usize {
         }
         done += 1;
         if MORE {
-            *lines = lines.saturating_sub(len.div_ceil(LINE));
+            *lines = lines.saturating_sub((*len).min(BYTES_AHEAD).div_ceil(LINE));
             if *lines < LINES_AHEAD / 2 {
                 break;
             }

@@ -82,30 +82,20 @@ pub(super) fn send_singles(
         if VirtioNetHdr::parse(header).check(frame.len() as u64, features).is_err() {
             break;
         }
-        iovecs.push_own(header);
-        iovecs.push_piece(frame);
+        iovecs.push_frame(header, frame);
     }
     let ready = iovecs.len() / 2;
-    let (mut done, mut sent) = (0, 0);
+    let mut done = 0;
     bytes = 0;
     if ready > 0 {
+        let sent;
         outcomes.clear();
         uplink.send_burst(&Burst { buffers: iovecs.as_slice(), frames: &frames[..ready] }, outcomes);
-        let mut outcomes = outcomes.drain(..);
-        for chain in &chains[..ready] {
-            match outcomes.next() {
-                Some(Ok(())) => {
-                    sent += 1;
-                    bytes += u64::from(chain.len) - HDR_LEN as u64;
-                }
-                other => {
-                    *end = not_sent(other, counters);
-                    if end.is_some() {
-                        break;
-                    }
-                }
-            }
-            done += 1;
+        if outcomes.len() == ready && outcomes.iter().all(Result::is_ok) {
+            (done, sent) = (ready, ready as u64);
+            bytes = chains[..ready].iter().map(|chain| u64::from(chain.len) - HDR_LEN as u64).sum();
+        } else {
+            (done, sent, bytes) = account(&chains[..ready], outcomes, counters, end);
         }
         counters.tx_packets.add(sent);
         counters.tx_bytes.add(bytes);
@@ -113,4 +103,32 @@ pub(super) fn send_singles(
     }
     ring.unpop((taken - done) as u16);
     (done as u32, bytes)
+}
+
+/// What became of frames of which not all were sent: how many are done with, how many were sent, and their bytes.
+#[cold]
+fn account(
+    chains: &[Single],
+    outcomes: &mut Vec<Result<(), SendError>>,
+    counters: &PairCounters,
+    end: &mut Option<End>,
+) -> (usize, u64, u64) {
+    let mut outcomes = outcomes.drain(..);
+    let (mut done, mut sent, mut bytes) = (0, 0, 0);
+    for chain in chains {
+        match outcomes.next() {
+            Some(Ok(())) => {
+                sent += 1;
+                bytes += u64::from(chain.len) - HDR_LEN as u64;
+            }
+            other => {
+                *end = not_sent(other, counters);
+                if end.is_some() {
+                    break;
+                }
+            }
+        }
+        done += 1;
+    }
+    (done, sent, bytes)
 }

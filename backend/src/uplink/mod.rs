@@ -1,7 +1,7 @@
 //! Uplinks: where a port's packets go.
 //!
-//! Lives here: the two small traits between a port and its uplink, and the engines (`tap`, `xdp`, `null`; peer has an
-//! issue of its own). Not here: virtqueues and headers (`virtq`, `net`).
+//! Lives here: the two small traits between a port and its uplink, and the engines (`tap`, `xdp`, `peer`,
+//! `null`). Not here: virtqueues and headers (`virtq`, `net`).
 //!
 //! An [`Uplink`] is the device as a whole: probed once, configured from the control helper thread, since its
 //! calls may sleep. Its [`UplinkQueue`]s, one a queue pair, move to the workers that serve the pairs and
@@ -11,6 +11,7 @@ mod burst_ring;
 #[cfg(test)]
 pub(crate) mod netlab;
 pub mod null;
+pub mod peer;
 #[cfg(test)]
 mod steering_tests;
 pub mod tap;

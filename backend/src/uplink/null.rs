@@ -136,8 +136,7 @@ impl UplinkQueue for NullQueue {
             if let Some(place) = head.get_mut(NUMBER..NUMBER + 8) {
                 place.copy_from_slice(&number.to_le_bytes());
             }
-            iovecs.push_own(header);
-            iovecs.push_own(head);
+            iovecs.push_frame(header, IoVec::own(head));
             if !tail.is_empty() {
                 iovecs.push_own(tail);
             }

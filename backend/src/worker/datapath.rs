@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 use super::counters::WorkerCounters;
+use super::link;
 use super::pair::Pair;
 use super::polling::Polling;
 use super::{Attachment, Command, PairKey, PairToken, Reply, ToControl};
@@ -26,6 +27,8 @@ pub struct Shared {
     pub tx: tx::Scratch,
     /// The receive path's buffers.
     pub rx: rx::Scratch,
+    /// The peer links' buffers.
+    pub link: link::Scratch,
     /// For looks at chains that nobody has taken yet.
     pub ahead: Chain,
     /// Messages for control.
@@ -67,6 +70,69 @@ impl Datapath {
         let slot = self.pairs.vacant_key();
         self.pairs.insert(Pair::new(attachment, slot as u32));
         self.slots.insert(key, slot);
+        let Self { pairs, slots, .. } = self;
+        let peers = pairs[slot].link.as_ref().map_or_else(Vec::new, |link| link.names().to_vec());
+        for slot in peers.iter().filter_map(|peer| slots.get(peer).copied()).chain([slot]) {
+            if let Some(link) = &mut pairs[slot].link {
+                link.resolve(|peer| slots.get(peer).copied());
+            }
+        }
+    }
+
+    /// The pair that gets what the one at `slot` sends: that of its number, or one of those that take frames.
+    fn peer_of(&self, slot: usize) -> Option<usize> {
+        let pair = &self.pairs[slot];
+        let ends = pair.link.as_ref()?.ends();
+        let number = usize::from(pair.key().pair);
+        let same = *ends.get(number % ends.len().max(1))?;
+        let takes = |end: &usize| self.pairs.get(*end).is_some_and(Pair::takes_frames);
+        if takes(&same) {
+            return Some(same);
+        }
+        let live = ends.iter().filter(|end| takes(end)).count();
+        let instead = ends.iter().filter(|end| takes(end)).nth(number % live.max(1));
+        Some(instead.copied().unwrap_or(same))
+    }
+
+    /// Something has happened to a pair: it may have work, or its peers.
+    fn stir(&mut self, slot: usize) {
+        let pair = &mut self.pairs[slot];
+        if pair.take_ready() {
+            self.ready.push_back(slot);
+        }
+        if !pair.lets_senders_go() {
+            return;
+        }
+        let ends = pair.link.as_mut().map_or_else(Vec::new, |link| std::mem::take(link.ends_mut()));
+        for end in &ends {
+            let Some(sender) = self.pairs.get_mut(*end) else { continue };
+            sender.peer_goes_on(slot);
+            if sender.take_ready() {
+                self.ready.push_back(*end);
+            }
+        }
+        if let Some(link) = &mut self.pairs[slot].link {
+            *link.ends_mut() = ends;
+        }
+    }
+
+    /// Gives a pair its turn; returns the packets it was worth.
+    fn turn<T: Copy + From<PairToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        slot: usize,
+        now: Instant,
+    ) -> u32 {
+        let Some(peer) = self.peer_of(slot) else {
+            return self.pairs[slot].turn(reactor, &mut self.shared, now, None);
+        };
+        let Some((pair, other)) = self.pairs.get2_mut(slot, peer) else { return 0 };
+        let packets = pair.turn(reactor, &mut self.shared, now, Some(other));
+        if other.take_hot() {
+            self.hot.push(peer);
+        }
+        self.stir(peer);
+        packets
     }
 
     /// Carries out a command for one of the pairs; the reply lands in the outbox.
@@ -80,15 +146,12 @@ impl Datapath {
             self.shared.outbox.push(ToControl::Reply(key, Reply::Failed("no such queue pair".into())));
             return;
         };
-        let pair = &mut self.pairs[slot];
         let silent = matches!(command, Command::Arrived);
-        let reply = pair.command(reactor, command, &mut self.shared);
+        let reply = self.pairs[slot].command(reactor, command, &mut self.shared);
         if !silent {
             self.shared.outbox.push(ToControl::Reply(key, reply));
         }
-        if pair.take_ready() {
-            self.ready.push_back(slot);
-        }
+        self.stir(slot);
     }
 
     /// Takes the completion of an operation that a pair started.
@@ -101,9 +164,7 @@ impl Datapath {
         let slot = token.slot as usize;
         let Some(pair) = self.pairs.get_mut(slot) else { return };
         pair.completion(reactor, token, done, &mut self.shared);
-        if pair.take_ready() {
-            self.ready.push_back(slot);
-        }
+        self.stir(slot);
     }
 
     /// Gives every pair that has work one turn. Returns true if the worker is not to sleep: some still have work, or may
@@ -127,19 +188,16 @@ impl Datapath {
         let mut packets = 0;
         for _ in 0..self.ready.len() {
             let Some(slot) = self.ready.pop_front() else { break };
-            let pair = &mut self.pairs[slot];
-            packets += pair.turn(reactor, &mut self.shared, now);
-            if pair.take_ready() {
-                self.ready.push_back(slot);
-            }
-            if pair.take_hot() {
+            packets += self.turn(reactor, slot, now);
+            self.stir(slot);
+            if self.pairs[slot].take_hot() {
                 self.hot.push(slot);
             }
         }
         let goes_on = self.polling.goes_on(now, packets, !self.ready.is_empty());
         if !goes_on {
             self.counters.sleeps.add(1);
-            for slot in std::mem::take(&mut self.hot) {
+            while let Some(slot) = self.hot.pop() {
                 self.cool(reactor, slot);
             }
         } else if packets == 0 {
@@ -155,11 +213,10 @@ impl Datapath {
         let bound = self.polling.pair_bound();
         let mut index = 0;
         while let Some(&slot) = self.hot.get(index) {
-            let pair = &mut self.pairs[slot];
-            pair.look();
-            if pair.take_ready() {
-                self.ready.push_back(slot);
-            } else if !pair.queued && bound.is_some_and(|bound| pair.idle(now) >= bound) {
+            self.pairs[slot].look();
+            self.stir(slot);
+            let pair = &self.pairs[slot];
+            if !pair.queued && bound.is_some_and(|bound| pair.idle(now) >= bound) {
                 self.hot.swap_remove(index);
                 self.cool(reactor, slot);
                 continue;
@@ -170,10 +227,15 @@ impl Datapath {
 
     /// A pair is not hot any more.
     fn cool<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, slot: usize) {
-        let pair = &mut self.pairs[slot];
-        pair.cool(reactor, &mut self.shared);
-        if pair.take_ready() {
-            self.ready.push_back(slot);
+        self.pairs[slot].cool(reactor, &mut self.shared);
+        self.stir(slot);
+    }
+
+    /// Sets how long senders wait for pairs of a peer link.
+    #[cfg(test)]
+    pub fn set_patience(&mut self, patience: Duration) {
+        for link in self.pairs.iter_mut().filter_map(|(_, pair)| pair.link.as_mut()) {
+            link.patience = patience;
         }
     }
 

@@ -15,6 +15,7 @@ pub mod counters;
 pub mod datapath;
 mod half;
 mod hot;
+mod link;
 pub mod pair;
 mod polling;
 #[cfg(test)]
@@ -22,6 +23,7 @@ mod tests;
 pub mod thread;
 mod turn;
 mod wake;
+mod watch;
 
 use crate::memory::{GuestMemory, MissingRange};
 use crate::net::counters::PairCounters;
@@ -158,6 +160,8 @@ pub struct Attachment {
     pub key: PairKey,
     /// Its queue of the uplink.
     pub uplink: Box<dyn UplinkQueue>,
+    /// The pairs of the port that it is wired to, which the same worker serves; empty: none.
+    pub peers: Vec<PairKey>,
     /// Its counters.
     pub counters: Arc<PairCounters>,
 }
@@ -188,6 +192,8 @@ pub enum What {
     Kick(Direction),
     /// Poll of one of the uplink's descriptors for frames.
     UplinkReadable(u16),
+    /// The end of the time that senders wait for the receive ring (peer links).
+    LinkPatience,
     /// The time between two looks at an uplink that nobody listens to.
     UplinkLook,
     /// Poll of the uplink for room.

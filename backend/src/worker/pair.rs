@@ -4,9 +4,10 @@
 //! each ring (`half`). Nothing sleeps.
 #![forbid(unsafe_code)]
 
-use super::arrivals::{Arrivals, Next};
+use super::arrivals::Arrivals;
 use super::datapath::Shared;
 use super::half::{Half, Ring, Watch};
+use super::link::Link;
 use super::wake::Wakes;
 use super::{Attachment, Command, Direction, Event, PairKey, PairToken, Reply, ToControl, What};
 use crate::memory::GuestMemory;
@@ -23,20 +24,20 @@ use std::time::Instant;
 /// A queue pair.
 pub struct Pair {
     pub(super) key: PairKey,
-    slot: u32,
+    pub(super) slot: u32,
     pub(super) memory: GuestMemory,
     pub(super) features: u64,
     pub(super) uplink: Box<dyn UplinkQueue>,
     /// Polls of the uplink's descriptors; empty: it is not looked at. One that has ended is `None`.
-    uplink_polls: Vec<Option<OpId>>,
+    pub(super) uplink_polls: Vec<Option<OpId>>,
     /// Frames may wait at the uplink.
     pub(super) uplink_readable: bool,
-    uplink_epoch: u32,
+    pub(super) uplink_epoch: u32,
     pub(super) arrivals: Arrivals,
     /// Nobody listens to the uplink: it is looked at by the clock.
-    looking: bool,
+    pub(super) looking: bool,
     /// The timer of that runs.
-    look_timer: bool,
+    pub(super) look_timer: bool,
     /// Frames at the uplink can be seen without a system call.
     pub(super) peeks: bool,
     writable_poll: bool,
@@ -51,13 +52,15 @@ pub struct Pair {
     pub(super) hot: bool,
     /// When it last moved packets.
     pub(super) worked: Option<Instant>,
-    uplink_down: bool,
+    pub(super) uplink_down: bool,
+    /// The port it is wired to.
+    pub(super) link: Option<Box<Link>>,
 }
 
 impl Pair {
     /// A pair without a front-end.
     pub fn new(attachment: Attachment, slot: u32) -> Self {
-        let Attachment { key, mut uplink, counters } = attachment;
+        let Attachment { key, mut uplink, counters, peers } = attachment;
         uplink.count_into(&counters);
         let peeks = uplink.peek().is_some();
         Self {
@@ -83,7 +86,12 @@ impl Pair {
             hot: false,
             worked: None,
             uplink_down: false,
+            link: Link::to(peers),
         }
+    }
+
+    pub(super) fn slot(&self) -> usize {
+        self.slot as usize
     }
 
     pub(super) fn key(&self) -> PairKey {
@@ -110,7 +118,7 @@ impl Pair {
             What::Call(direction) => self.half_ref(direction).call.epoch(),
             What::Error(direction) => self.half_ref(direction).error.epoch(),
             What::UplinkReadable(_) | What::UplinkLook => self.uplink_epoch,
-            What::UplinkWritable | What::UplinkWake(_) | What::UplinkPause(_) => 0,
+            What::UplinkWritable | What::UplinkWake(_) | What::UplinkPause(_) | What::LinkPatience => 0,
         };
         PairToken { slot: self.slot, epoch, what }
     }
@@ -302,71 +310,6 @@ impl Pair {
         ring.kick_poll = ring.kick.as_ref().map(|fd| reactor.poll(fd, libc::POLLIN, token.into()));
     }
 
-    /// Whether frames are of interest.
-    pub(super) fn watches_uplink(&self) -> bool {
-        self.rx.ring.is_some() && self.rx.enabled && !self.uplink_down
-    }
-
-    /// Polls the uplink for frames exactly while the receive ring can take some.
-    pub(super) fn watch_uplink<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>) {
-        match (self.watches_uplink(), self.uplink_polls.is_empty()) {
-            (true, true) => {
-                self.uplink_epoch = self.uplink_epoch.wrapping_add(1);
-                // What came while nobody looked is stale.
-                self.uplink.discard();
-                self.uplink_polls.resize(self.uplink.readable().len(), None);
-            }
-            (false, false) => {
-                self.uplink_polls.drain(..).flatten().for_each(|op| reactor.cancel(op));
-                // What they still report, their cancellation first of all, means nothing.
-                self.uplink_epoch = self.uplink_epoch.wrapping_add(1);
-                self.looking = false;
-                self.look_timer = false;
-                self.uplink_readable = false;
-                self.counters.rx_dropped_stopped.add(self.uplink.discard());
-                self.wake_uplink(reactor, Direction::Receive);
-            }
-            _ => {}
-        }
-        if self.looking {
-            return;
-        }
-        let epoch = self.uplink_epoch;
-        for (index, (poll, fd)) in self.uplink_polls.iter_mut().zip(self.uplink.readable()).enumerate() {
-            if poll.is_none() {
-                let token = PairToken { slot: self.slot, epoch, what: What::UplinkReadable(index as u16) };
-                *poll = Some(reactor.poll(fd, libc::POLLIN, token.into()));
-            }
-        }
-    }
-
-    /// The uplink has no frame more: the next one wakes us, or we look for it in a moment.
-    pub(super) fn uplink_ran_dry<T: Copy + From<PairToken>>(
-        &mut self,
-        reactor: &mut Reactor<T>,
-        now: Instant,
-    ) {
-        self.uplink_readable = false;
-        if self.look_timer {
-            return; // seen before its time
-        }
-        let next = match self.uplink.wakes_often() {
-            true => self.arrivals.ran_dry(now),
-            false => Next::Listen,
-        };
-        if let Next::Pause(pause) = next {
-            if !std::mem::replace(&mut self.looking, true) {
-                self.uplink_polls.iter_mut().filter_map(Option::take).for_each(|op| reactor.cancel(op));
-                self.uplink_epoch = self.uplink_epoch.wrapping_add(1);
-            }
-            self.look_timer = true;
-            reactor.timer(pause, self.token(What::UplinkLook).into());
-        } else {
-            self.looking = false;
-            self.watch_uplink(reactor);
-        }
-    }
-
     /// Stops a ring, if it runs, and keeps its base.
     fn stop<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, direction: Direction) {
         let Some(mut ring) = self.half(direction).ring.take() else { return };
@@ -376,6 +319,9 @@ impl Pair {
         if direction == Direction::Receive {
             self.receiver.abandon(&mut ring.queue, &self.counters);
             self.receiver = Receiver::default();
+        }
+        if let Some(link) = &mut self.link {
+            link.stopped(direction);
         }
         self.half(direction).last_base = ring.queue.base();
         trace::ring_stop(self.key, direction, ring.queue.base());
@@ -445,6 +391,7 @@ impl Pair {
                 self.uplink_woken(reactor, direction, result, shared);
             }
             (What::UplinkPause(direction), _) => self.uplink_paused(reactor, direction),
+            (What::LinkPatience, _) => self.patience_ended(reactor),
             (What::Call(direction), Done::Signalled(result)) => {
                 self.half(direction).call.done(reactor, token, result);
             }

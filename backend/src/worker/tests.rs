@@ -4,6 +4,7 @@ mod dance;
 mod faults;
 mod late;
 mod lifecycle;
+mod link;
 mod notify;
 mod polling;
 mod ports;

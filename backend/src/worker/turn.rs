@@ -22,16 +22,17 @@ const BURST: u32 = 64;
 const BURSTS_PER_TURN: u32 = 4;
 
 impl Pair {
-    /// Moves what there is to move, up to the turn's budget. Returns how many packets it is worth to wait
+    /// Moves what there is to move, up to the turn's budget; what it sends goes to `peer`, if it is wired to one. Returns how many packets it is worth to wait
     /// for: what comes from an uplink that cannot be peeked at, or is looked at by the clock when much comes, is none.
     pub fn turn<T: Copy + From<PairToken>>(
         &mut self,
         reactor: &mut Reactor<T>,
         shared: &mut Shared,
         now: Instant,
+        mut peer: Option<&mut Pair>,
     ) -> u32 {
         self.queued = false;
-        let sent = self.transmit(reactor, shared);
+        let sent = self.transmit(reactor, shared, now, peer.as_deref_mut());
         self.wake_uplink(reactor, Direction::Transmit);
         let received = self.receive(reactor, shared, now);
         if sent + received > 0 {
@@ -44,10 +45,19 @@ impl Pair {
         if self.memory.poisoned() {
             self.fail_memory(reactor, shared);
         }
+        if let Some(peer) = peer.filter(|peer| peer.memory.poisoned()) {
+            peer.fail_memory(reactor, shared);
+        }
         if self.pays_by_receiving() { sent + received } else { sent }
     }
 
-    fn transmit<T: Copy + From<PairToken>>(&mut self, reactor: &mut Reactor<T>, shared: &mut Shared) -> u32 {
+    fn transmit<T: Copy + From<PairToken>>(
+        &mut self,
+        reactor: &mut Reactor<T>,
+        shared: &mut Shared,
+        now: Instant,
+        mut peer: Option<&mut Pair>,
+    ) -> u32 {
         let mut moved = 0;
         let settings = TxSettings {
             features: self.features,
@@ -58,18 +68,30 @@ impl Pair {
         for _ in 0..BURSTS_PER_TURN {
             let Some(ring) = self.tx.ring.as_mut().filter(|ring| ring.runnable()) else { return moved };
             ring.ignore_kicks();
+            if let Some(peer) = peer.as_deref_mut().filter(|peer| settings.enabled && peer.blocks()) {
+                self.wait_for_peer(reactor, peer);
+                return moved;
+            }
             let queue = &mut ring.queue;
-            let (used, end) = tx::run(
-                queue,
-                &self.memory,
-                &mut *self.uplink,
-                &mut shared.tx,
-                settings,
-                &self.counters,
-                BURST,
-            );
+            let (memory, counters) = (&self.memory, &self.counters);
+            let (used, end) = match peer.as_deref_mut() {
+                None => tx::run(queue, memory, &mut *self.uplink, &mut shared.tx, settings, counters, BURST),
+                Some(peer) => {
+                    let mut far = peer.open(&mut shared.link);
+                    let usual =
+                        if settings.enabled { far.cross(queue, memory, &settings, counters) } else { 0 };
+                    let sent = match BURST - usual {
+                        0 => (0, End::Budget),
+                        rest => tx::run(queue, memory, &mut far, &mut shared.tx, settings, counters, rest),
+                    };
+                    let done = far.close();
+                    peer.delivered(reactor, shared, now, done);
+                    (usual + sent.0, sent.1)
+                }
+            };
             moved += used;
             let call = finish_burst(queue, used, &self.counters);
+            let mut full = false;
             let outcome = match end {
                 End::Budget => Ok(()),
                 End::Idle if ring.kick.is_some() => {
@@ -83,11 +105,19 @@ impl Pair {
                     Ok(())
                 }
                 End::UplinkFull => {
-                    ring.pending = false;
-                    if used > 0 {
-                        self.found_room();
+                    match peer.as_deref_mut() {
+                        Some(peer) if peer.blocks() => self.wait_for_peer(reactor, peer),
+                        // Its ring goes on by itself, or has gone: soon.
+                        Some(_) => {}
+                        None => {
+                            ring.pending = false;
+                            if used > 0 {
+                                self.found_room();
+                            }
+                            self.wait_writable(reactor);
+                        }
                     }
-                    self.wait_writable(reactor);
+                    full = true;
                     Ok(())
                 }
                 End::MemoryFault => {
@@ -104,7 +134,7 @@ impl Pair {
                 self.give_up(reactor, Direction::Transmit, error.to_string(), shared);
                 return moved;
             }
-            if used < BURST && self.tx.ring.as_ref().is_none_or(|ring| ring.kick.is_none()) {
+            if full || used < BURST && self.tx.ring.as_ref().is_none_or(|ring| ring.kick.is_none()) {
                 return moved; // a polled ring: the others first
             }
         }
@@ -186,7 +216,7 @@ impl Pair {
 }
 
 /// Publishes a burst's used entries. True if the driver wants to be notified.
-fn finish_burst(queue: &mut Queue, used: u32, counters: &PairCounters) -> bool {
+pub(super) fn finish_burst(queue: &mut Queue, used: u32, counters: &PairCounters) -> bool {
     if used == 0 {
         return false;
     }

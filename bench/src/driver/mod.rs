@@ -70,6 +70,16 @@ pub enum RingError {
     NotHeld(u32),
 }
 
+/// What was negotiated about rings.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RingOptions {
+    /// VIRTIO_F_EVENT_IDX: notifications go by index.
+    pub event_idx: bool,
+    /// VIRTIO_F_IN_ORDER: one used entry may stand for several buffers, up to the one that it names. Buffers must be posted
+    /// in the order of their numbers, starting with 0.
+    pub in_order: bool,
+}
+
 /// The driver's side of one virtqueue.
 pub trait Ring: Sized {
     /// Feature bits that it needs.
@@ -77,8 +87,8 @@ pub trait Ring: Sized {
     /// Where an empty one goes on (vhost-user: VRING_BASE).
     const BASE: u32;
 
-    /// An empty ring at a place, formatted. The device is told to send no calls; with `event_idx` notifications go by index.
-    fn open(memory: &Arc<Mapping>, place: &Place, event_idx: bool) -> Self;
+    /// An empty ring at a place, formatted. The device is told to send no calls.
+    fn open(memory: &Arc<Mapping>, place: &Place, options: RingOptions) -> Self;
 
     /// Whether the next `n` buffers have been used. Reads one word that the device writes.
     fn ready(&self, n: u16) -> bool;

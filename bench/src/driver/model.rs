@@ -11,12 +11,19 @@ use crate::session::Place;
 const SIZE: u16 = 8;
 const PLACE: Place = Place { size: SIZE, desc: 0, avail: PAGE, used: 2 * PAGE };
 
+const PLAIN: RingOptions = RingOptions { event_idx: false, in_order: false };
+const IN_ORDER: RingOptions = RingOptions { in_order: true, ..PLAIN };
+
 /// What a device does to a ring.
 trait Device {
     /// The next buffer that the driver has made available: id, address, length, writable.
     fn pop(&mut self, memory: &Mapping) -> Option<Buffer>;
     /// Gives it back; shows it at once.
-    fn push(&mut self, memory: &Mapping, id: u16, len: u32);
+    fn push(&mut self, memory: &Mapping, id: u16, len: u32) {
+        self.push_batch(memory, id, len, 1);
+    }
+    /// Gives back so many buffers by the last one (VIRTIO_F_IN_ORDER).
+    fn push_batch(&mut self, memory: &Mapping, id: u16, len: u32, count: u16);
 }
 
 #[derive(Default)]
@@ -39,11 +46,11 @@ impl Device for SplitDevice {
         Some(Buffer { id, address, len: memory.load_u32(at + 8), write: flags & 2 != 0 })
     }
 
-    fn push(&mut self, memory: &Mapping, id: u16, len: u32) {
+    fn push_batch(&mut self, memory: &Mapping, id: u16, len: u32, count: u16) {
         let at = PLACE.used + 4 + 8 * u64::from(self.used % SIZE);
         memory.store_u32(at, id.into());
         memory.store_u32(at + 4, len);
-        self.used = self.used.wrapping_add(1);
+        self.used = self.used.wrapping_add(count);
         memory.store_u16(PLACE.used + 2, self.used);
     }
 }
@@ -80,14 +87,14 @@ impl Device for PackedDevice {
         Some(Buffer { id, address, len: memory.load_u32(at + 8), write: flags & 2 != 0 })
     }
 
-    fn push(&mut self, memory: &Mapping, id: u16, len: u32) {
+    fn push_batch(&mut self, memory: &Mapping, id: u16, len: u32, count: u16) {
         let at = PLACE.desc + 16 * u64::from(self.used.0);
         // What stands there without the flag is not a length.
         memory.store_u32(at + 8, if len > 0 { len } else { 77 });
         memory.store_u16(at + 12, id);
         let wrote = if len > 0 { 2 } else { 0 };
         memory.store_u16(at + 14, wrote | if self.used.1 { 0x8080 } else { 0 });
-        step(&mut self.used);
+        (0..count).for_each(|_| step(&mut self.used));
     }
 }
 
@@ -170,13 +177,56 @@ fn random_walk(memory: &Mapping, mut ring: impl Ring, mut device: impl Device) {
 #[test]
 fn any_order_split() {
     let memory = memory();
-    random_walk(&memory, Split::open(&memory, &PLACE, false), SplitDevice::default());
+    random_walk(&memory, Split::open(&memory, &PLACE, PLAIN), SplitDevice::default());
 }
 
 #[test]
 fn any_order_packed() {
     let memory = memory();
-    random_walk(&memory, Packed::open(&memory, &PLACE, false), PackedDevice::default());
+    random_walk(&memory, Packed::open(&memory, &PLACE, PLAIN), PackedDevice::default());
+}
+
+/// Batches of any length, taken in pieces of any length.
+fn in_order_walk(memory: &Mapping, mut ring: impl Ring, mut device: impl Device) {
+    let mut state = 7;
+    let (mut next, mut popped, mut due) = (0u16, Vec::new(), VecDeque::new());
+    for _ in 0..4000 {
+        for _ in 0..random(&mut state) % 5 {
+            if ring.in_flight() < SIZE {
+                ring.post(buffer(next % SIZE));
+                next += 1;
+            }
+        }
+        ring.expose();
+        while let Some(b) = device.pop(memory) {
+            popped.push(b.id);
+        }
+        let count = random(&mut state) as usize % (popped.len() + 1);
+        if count > 0 {
+            let len = random(&mut state) as u32 % 4;
+            device.push_batch(memory, popped[count - 1], len, count as u16);
+            let lens = (1..=count).map(|i| if i == count { len } else { 0 });
+            due.extend(popped.drain(..count).zip(lens).map(|(id, len)| Used { id, len }));
+        }
+        assert_eq!(ring.ready(1), !due.is_empty());
+        let mut into = [Used::default(); 3];
+        let taken = ring.take(&mut into).expect("legal");
+        assert_eq!(taken, due.len().min(3));
+        into[..taken].iter().for_each(|used| assert_eq!(Some(*used), due.pop_front()));
+    }
+    assert!(next > 1000, "{next}");
+}
+
+#[test]
+fn in_order_split() {
+    let memory = memory();
+    in_order_walk(&memory, Split::open(&memory, &PLACE, IN_ORDER), SplitDevice::default());
+}
+
+#[test]
+fn in_order_packed() {
+    let memory = memory();
+    in_order_walk(&memory, Packed::open(&memory, &PLACE, IN_ORDER), PackedDevice::default());
 }
 
 fn buffer(id: u16) -> Buffer {
@@ -197,15 +247,15 @@ fn false_ids(memory: &Mapping, mut ring: impl Ring, mut device: impl Device) {
 #[test]
 fn a_buffer_that_is_used_twice_is_an_error() {
     let memory = memory();
-    false_ids(&memory, Split::open(&memory, &PLACE, false), SplitDevice::default());
+    false_ids(&memory, Split::open(&memory, &PLACE, PLAIN), SplitDevice::default());
     let memory = self::memory();
-    false_ids(&memory, Packed::open(&memory, &PLACE, false), PackedDevice::default());
+    false_ids(&memory, Packed::open(&memory, &PLACE, PLAIN), PackedDevice::default());
 }
 
 #[test]
 fn more_used_than_available_is_an_error() {
     let memory = memory();
-    let mut ring = Split::open(&memory, &PLACE, false);
+    let mut ring = Split::open(&memory, &PLACE, PLAIN);
     ring.post(buffer(0));
     ring.expose();
     memory.store_u16(PLACE.used + 2, 2);
@@ -216,7 +266,7 @@ fn more_used_than_available_is_an_error() {
 #[test]
 fn nothing_is_seen_before_the_first_of_a_burst() {
     let memory = memory();
-    let (mut ring, mut device) = (Packed::open(&memory, &PLACE, false), PackedDevice::default());
+    let (mut ring, mut device) = (Packed::open(&memory, &PLACE, PLAIN), PackedDevice::default());
     (0..3).for_each(|id| ring.post(buffer(id)));
     assert_eq!(device.pop(&memory), None);
     ring.expose();
@@ -226,14 +276,14 @@ fn nothing_is_seen_before_the_first_of_a_burst() {
 #[test]
 fn a_device_that_wants_no_kick_gets_none() {
     let memory = memory();
-    let mut ring = Split::open(&memory, &PLACE, false);
+    let mut ring = Split::open(&memory, &PLACE, PLAIN);
     memory.store_u16(PLACE.used, 1);
     ring.post(buffer(0));
     assert!(!ring.expose());
     assert_eq!(memory.load_u16(PLACE.avail), 1, "and sends no call");
 
     let memory = self::memory();
-    let mut ring = Packed::open(&memory, &PLACE, false);
+    let mut ring = Packed::open(&memory, &PLACE, PLAIN);
     memory.store_u16(PLACE.used + 2, 1);
     ring.post(buffer(0));
     assert!(!ring.expose());
@@ -243,7 +293,8 @@ fn a_device_that_wants_no_kick_gets_none() {
 #[test]
 fn kicks_by_index_split() {
     let memory = memory();
-    let (mut ring, mut device) = (Split::open(&memory, &PLACE, true), SplitDevice::default());
+    let (mut ring, mut device) =
+        (Split::open(&memory, &PLACE, RingOptions { event_idx: true, ..PLAIN }), SplitDevice::default());
     let avail_event = PLACE.used + 4 + 8 * u64::from(SIZE);
     memory.store_u16(avail_event, 2);
     let mut wanted = Vec::new();
@@ -261,7 +312,7 @@ fn kicks_by_index_split() {
 #[test]
 fn kicks_by_index_packed() {
     let memory = memory();
-    let (mut ring, mut device) = (Packed::open(&memory, &PLACE, false), PackedDevice::default());
+    let (mut ring, mut device) = (Packed::open(&memory, &PLACE, PLAIN), PackedDevice::default());
     memory.store_u16(PLACE.used + 2, 2);
     let mut into = [Used::default(); 8];
     let mut turn = |event: u16, count: u16, wanted: bool| {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
 
 use super::shared::Words;
-use super::{Buffer, LINE, Ring, RingError, Used};
+use super::{Buffer, LINE, Ring, RingError, RingOptions, Used};
 use crate::mapping::Mapping;
 use crate::session::Place;
 
@@ -49,6 +49,9 @@ pub struct Packed {
     /// The second word of the first descriptor that the device has not been shown. The others behind it are written; it
     /// cannot see them before this one.
     first: Option<(u16, u64)>,
+    in_order: bool,
+    /// The used descriptor that stands for several buffers, as long as not all of them are taken: the last one.
+    batch: Option<Used>,
     /// Descriptors since the last [`Ring::expose`].
     added: u16,
     /// Which buffers the device has.
@@ -66,13 +69,35 @@ impl Packed {
     }
 }
 
+impl Packed {
+    /// The buffer that is due, if it is used.
+    #[inline(always)]
+    fn next(&mut self) -> Option<Used> {
+        if !self.in_order {
+            return self.used_at(self.taken).map(used_of);
+        }
+        // VIRTIO 1.3 §2.8.8: descriptors of those before the one that is named are not written.
+        let last = self.batch.or_else(|| self.used_at(self.taken).map(used_of))?;
+        let due = self.taken.index;
+        self.batch = (last.id != due).then_some(last);
+        Some(if last.id == due { last } else { Used { id: due, len: 0 } })
+    }
+}
+
+/// A used descriptor's second word. VIRTIO 1.3 §2.8.5: without the flag there is no length.
+#[inline(always)]
+fn used_of(word: u64) -> Used {
+    let wrote = (word >> 48) as u16 & DESC_WRITE != 0;
+    Used { id: (word >> 32) as u16, len: if wrote { word as u32 } else { 0 } }
+}
+
 impl Ring for Packed {
     const FEATURES: u64 = FEATURE;
     /// Index 0 and wrap counter 1, of both sides.
     const BASE: u32 = 0x8000_8000;
 
-    /// `event_idx` or not, this driver wants no call.
-    fn open(memory: &Arc<Mapping>, place: &Place, _event_idx: bool) -> Self {
+    /// With EVENT_IDX or without, this driver wants no call.
+    fn open(memory: &Arc<Mapping>, place: &Place, options: RingOptions) -> Self {
         let size = place.size;
         assert!(size.is_power_of_two() && size < EVENT_WRAP, "a ring of {size} descriptors");
         memory.store_u16(place.avail, 0);
@@ -86,6 +111,8 @@ impl Ring for Packed {
             taken: start,
             in_flight: 0,
             first: None,
+            in_order: options.in_order,
+            batch: None,
             added: 0,
             held: vec![false; size.into()].into(),
         };
@@ -95,6 +122,12 @@ impl Ring for Packed {
 
     #[inline(always)]
     fn ready(&self, n: u16) -> bool {
+        if self.in_order {
+            // Only the first descriptor of a batch is written.
+            let last = self.batch.or_else(|| self.used_at(self.taken).map(used_of));
+            let len = last.map(|l| (l.id.wrapping_sub(self.taken.index) & (self.size - 1)) + 1);
+            return n == 0 || len >= Some(n);
+        }
         // Buffers are used one by one in the ring's order.
         self.used_at(self.taken.forward(n.saturating_sub(1), self.size)).is_some()
     }
@@ -106,15 +139,12 @@ impl Ring for Packed {
             if self.in_flight == 0 {
                 break;
             }
-            let Some(word) = self.used_at(self.taken) else { break };
-            // VIRTIO 1.3 §2.8.5: without the flag there is no length.
-            let wrote = (word >> 48) as u16 & DESC_WRITE != 0;
-            let (id, len) = ((word >> 32) as u16, if wrote { word as u32 } else { 0 });
-            match self.held.get_mut(usize::from(id)) {
+            let Some(used) = self.next() else { break };
+            match self.held.get_mut(usize::from(used.id)) {
                 Some(held) if *held => *held = false,
-                _ => return Err(RingError::NotHeld(id.into())),
+                _ => return Err(RingError::NotHeld(used.id.into())),
             }
-            *entry = Used { id, len };
+            *entry = used;
             self.taken = self.taken.forward(1, self.size);
             self.in_flight -= 1;
             count += 1;

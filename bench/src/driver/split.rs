@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use super::shared::Words;
-use super::{Buffer, LINE, Ring, RingError, Used};
+use super::{Buffer, LINE, Ring, RingError, RingOptions, Used};
 use crate::mapping::Mapping;
 use crate::session::Place;
 
@@ -30,7 +30,9 @@ pub struct Split {
     /// Id, length.
     used: Words<AtomicU32>,
     avail_event: Words<AtomicU16>,
-    event_idx: bool,
+    options: RingOptions,
+    /// The used entry that stands for several buffers, as long as not all of them are taken: the last one.
+    batch: Option<Used>,
     posted: u16,
     exposed: u16,
     taken: u16,
@@ -45,11 +47,33 @@ impl Split {
     }
 }
 
+impl Split {
+    /// The used entry that is due.
+    #[inline(always)]
+    fn entry(&self) -> Result<Used, RingError> {
+        let at = 2 * usize::from(self.taken);
+        let id = u32::from_le(self.used.at(at).load(Ordering::Relaxed));
+        let len = u32::from_le(self.used.at(at + 1).load(Ordering::Relaxed));
+        if id >= self.size.into() { Err(RingError::NotHeld(id)) } else { Ok(Used { id: id as u16, len }) }
+    }
+
+    /// The buffer that is due (VIRTIO 1.3 §2.7.9): entries of those before the one that is named are not written.
+    fn next_in_order(&mut self) -> Result<Used, RingError> {
+        let last = match self.batch {
+            Some(last) => last,
+            None => self.entry()?,
+        };
+        let due = self.taken & (self.size - 1);
+        self.batch = (last.id != due).then_some(last);
+        Ok(if last.id == due { last } else { Used { id: due, len: 0 } })
+    }
+}
+
 impl Ring for Split {
     const FEATURES: u64 = 0;
     const BASE: u32 = 0;
 
-    fn open(memory: &Arc<Mapping>, place: &Place, event_idx: bool) -> Self {
+    fn open(memory: &Arc<Mapping>, place: &Place, options: RingOptions) -> Self {
         let size = usize::from(place.size);
         let n = u64::from(place.size);
         let it = Self {
@@ -62,14 +86,15 @@ impl Ring for Split {
             used_idx: Words::new(memory, place.used + 2, 1),
             used: Words::new(memory, place.used + 4, 2 * size),
             avail_event: Words::new(memory, place.used + 4 + 8 * n, 1),
-            event_idx,
+            options,
+            batch: None,
             posted: 0,
             exposed: 0,
             taken: 0,
             held: vec![false; size].into(),
         };
         // With EVENT_IDX the flag has no meaning: an index that was just passed is reached last.
-        let flags = if event_idx { 0 } else { AVAIL_NO_INTERRUPT };
+        let flags = if options.event_idx { 0 } else { AVAIL_NO_INTERRUPT };
         memory.store_u16(place.avail, flags);
         it.used_event.at(0).store(u16::MAX.to_le(), Ordering::Relaxed);
         it.used_idx.at(0).store(0, Ordering::Relaxed);
@@ -90,17 +115,14 @@ impl Ring for Split {
         }
         let count = usize::from(used).min(into.len());
         for entry in &mut into[..count] {
-            let at = 2 * usize::from(self.taken);
-            let id = u32::from_le(self.used.at(at).load(Ordering::Relaxed));
-            let len = u32::from_le(self.used.at(at + 1).load(Ordering::Relaxed));
-            match self.held.get_mut(id as usize) {
+            *entry = if self.options.in_order { self.next_in_order()? } else { self.entry()? };
+            match self.held.get_mut(usize::from(entry.id)) {
                 Some(held) if *held => *held = false,
-                _ => return Err(RingError::NotHeld(id)),
+                _ => return Err(RingError::NotHeld(entry.id.into())),
             }
-            *entry = Used { id: id as u16, len };
             self.taken = self.taken.wrapping_add(1);
         }
-        if self.event_idx && count > 0 {
+        if self.options.event_idx && count > 0 {
             self.used_event.at(0).store(self.taken.wrapping_sub(1).to_le(), Ordering::Relaxed);
         }
         Ok(count)
@@ -140,7 +162,7 @@ impl Ring for Split {
         self.exposed = new;
         // VIRTIO 1.3 §2.7.13.4.1: the index is visible before the device's wish is read.
         fence(Ordering::SeqCst);
-        if self.event_idx {
+        if self.options.event_idx {
             let event = u16::from_le(self.avail_event.at(0).load(Ordering::Relaxed));
             new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
         } else {

@@ -44,6 +44,9 @@ pub struct Setup {
     /// With VIRTIO_F_EVENT_IDX
     #[arg(long)]
     pub event_idx: bool,
+    /// With VIRTIO_F_IN_ORDER
+    #[arg(long)]
+    pub in_order: bool,
     /// Guest memory in hugepages of 2 MiB, which must be reserved
     #[arg(long)]
     pub hugepages: bool,
@@ -77,6 +80,7 @@ impl Default for Setup {
             receive_len: RECEIVE_LEN,
             no_mergeable: false,
             event_idx: false,
+            in_order: false,
             hugepages: false,
             touch: Touch::None,
             pauses: 8,

@@ -10,23 +10,24 @@ use lab::rawfront::{protocol, virtio};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::lane::{Receiver, Sender};
-use crate::driver::{Buffers, Layout, LayoutOptions, RINGS, RX, Ring, TX};
+use crate::driver::{Buffers, Layout, LayoutOptions, RINGS, RX, Ring, RingOptions, TX};
 use crate::mapping::{Mapping, PAGE};
 use crate::packet::{self, HEADER};
 use crate::session::{Events, Session, Wishes};
 
 /// A hugepage, bytes.
 const HUGEPAGE: u64 = 2 << 20;
-/// VIRTIO_F_EVENT_IDX (VIRTIO 1.3 §6).
+/// Feature bits (VIRTIO 1.3 §6).
 const EVENT_IDX: u64 = 1 << 29;
+const IN_ORDER: u64 = 1 << 35;
 
 /// What the driver is to be like.
 #[derive(Clone, Debug)]
 pub struct PortOptions {
     /// Entries of each ring.
     pub ring_size: u16,
-    /// Notifications by index.
-    pub event_idx: bool,
+    /// Notifications by index, and order.
+    pub ring: RingOptions,
     /// Guest memory in hugepages.
     pub hugepages: bool,
     /// Mergeable receive buffers.
@@ -66,13 +67,14 @@ impl<R: Ring> Port<R> {
         let mut wishes = Wishes { features: options.features, ..Wishes::default() };
         wishes.protocol |= protocol::MTU;
         wishes.features |= if options.mergeable { virtio::MRG_RXBUF } else { 0 };
-        wishes.features_needed |= if options.event_idx { EVENT_IDX } else { 0 };
+        wishes.features_needed |= if options.ring.event_idx { EVENT_IDX } else { 0 };
+        wishes.features_needed |= if options.ring.in_order { IN_ORDER } else { 0 };
         wishes.features_needed |= R::FEATURES;
         let session = Session::open(socket, wishes, &events)?;
         let features = session.features();
         session.begin()?;
         session.set_table(&file, len, memory.address()).context("the memory table")?;
-        let rings = places.map(|p| R::open(&memory, &p, options.event_idx));
+        let rings = places.map(|p| R::open(&memory, &p, options.ring));
 
         let [rx_buffers, tx_buffers] = buffers;
         let [rx_ring, tx_ring] = rings;

@@ -18,14 +18,15 @@ pub fn text(lines: &[Line], rounds: usize, others: &[String]) -> String {
     );
     out.push_str(&report::table(&head, &body));
     for line in lines {
-        for (name, side) in &line.sides {
-            if side.others_share > TOLERATED {
-                let percent = side.others_share * 100.0;
-                out.push_str(&format!(
-                    "note: {}: {name} was disturbed: others used {percent:.0} % of the CPUs\n",
-                    line.title
-                ));
-            }
+        let disturbed: Vec<String> = line
+            .sides
+            .iter()
+            .filter(|(_, side)| side.others_share > TOLERATED)
+            .map(|(name, side)| format!("{name} {:.0} %", side.others_share * 100.0))
+            .collect();
+        if !disturbed.is_empty() {
+            let disturbed = disturbed.join(", ");
+            out.push_str(&format!("note: {}: others used the CPUs meanwhile: {disturbed}\n", line.title));
         }
     }
     out

@@ -22,7 +22,9 @@ pub fn lines(what: &str, backend: &Path, rounds: usize) -> Result<Vec<Line>> {
 
 fn parse(what: &str, report: &Value) -> Result<Vec<Line>> {
     let rows = report["rows"].as_array().context("rows")?;
-    rows.iter().map(|row| line(what, row).with_context(|| format!("a row of vubench {what}"))).collect()
+    // An indented row is another look at the one above it.
+    let rows = rows.iter().filter(|row| !row["row"].as_str().is_some_and(|title| title.starts_with(' ')));
+    rows.map(|row| line(what, row).with_context(|| format!("a row of vubench {what}"))).collect()
 }
 
 fn line(what: &str, row: &Value) -> Result<Line> {

@@ -6,7 +6,7 @@ use super::rig::{BUFFERS, Rig, frame};
 use crate::memory::testing::contents;
 use crate::net::tx::End;
 use crate::virtq::QueueError;
-use crate::virtq::tests::driver::{DESC, MEM_SIZE, WRITE};
+use crate::virtq::tests::driver::{DESC, INDIRECT, MEM_SIZE, NEXT, USED, WRITE};
 use proptest::prelude::*;
 
 fn all(rig: &mut Rig, frames: &[Vec<u8>]) {
@@ -271,5 +271,72 @@ proptest! {
         prop_assert_eq!(&got, &expected);
         prop_assert_eq!(ours.counts().rx_dropped_too_long, oracle.counts().rx_dropped_too_long);
         prop_assert_eq!(ours.counts().rx_bytes, oracle.counts().rx_bytes);
+    }
+}
+
+/// Descriptors as no driver would write them: address, length, flags, next.
+fn wild() -> impl Strategy<Value = (u64, u32, u16, u16)> {
+    let addr = prop_oneof![
+        6 => BUFFERS..BUFFERS + 0x4000,
+        1 => MEM_SIZE - 200..MEM_SIZE + 10,
+        1 => Just(u64::MAX - 20),
+        1 => Just(TABLE),
+    ];
+    let len = prop_oneof![3 => 1u32..200, 3 => 1000u32..3000, 1 => Just(0u32), 1 => Just(u32::MAX), 1 => Just(64u32)];
+    let flags = prop_oneof![
+        8 => Just(WRITE), 4 => Just(WRITE | NEXT), 1 => Just(0), 1 => Just(NEXT), 2 => Just(INDIRECT),
+        1 => Just(INDIRECT | NEXT), 1 => Just(INDIRECT | WRITE),
+    ];
+    (addr, len, flags, 0u16..20)
+}
+
+/// Where an indirect table may be.
+const TABLE: u64 = BUFFERS + 0x8000;
+/// Entries of the ring.
+const ENTRIES: u16 = 16;
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+
+    /// Whatever is in the ring, bytes change only where a descriptor allows it, and in the used ring.
+    #[test]
+    fn nothing_is_written_that_was_not_offered(
+        direct in prop::collection::vec(wild(), usize::from(ENTRIES)),
+        indirect in prop::collection::vec(wild(), 4),
+        heads in prop::collection::vec(0u16..ENTRIES + 1, 1..17),
+        lens in prop::collection::vec(14usize..5000, 1..20),
+        mergeable: bool, cut in 40usize..6000,
+    ) {
+        let mut rig = Rig::new(ENTRIES, 12, mergeable);
+        for (index, raw) in (0..).zip(&direct) {
+            rig.driver.descriptor(DESC, index, *raw);
+        }
+        for (index, raw) in (0..).zip(&indirect) {
+            rig.driver.descriptor(TABLE, index, *raw);
+        }
+        heads.iter().for_each(|head| rig.driver.offer(*head));
+        let before = contents(&rig.driver.file);
+        let frames: Vec<_> = (0..).zip(&lens).map(|(seed, len)| frame(12, seed, *len)).collect();
+        let mut left = &frames[..];
+        for _ in 0..20 {
+            let done = rig.deliver(left, 12, cut);
+            left = &left[done.frames..];
+            prop_assert_eq!(rig.queue.in_flight(), 0);
+            match done.end {
+                None => break,
+                Some(End::Budget) => {}
+                Some(_) => break,
+            }
+        }
+        let after = contents(&rig.driver.file);
+        let used = USED as usize..USED as usize + 4 + 8 * usize::from(ENTRIES) + 2;
+        let offered = |at: u64| {
+            direct.iter().chain(&indirect).any(|(addr, len, flags, _)| {
+                flags & WRITE != 0 && at.checked_sub(*addr).is_some_and(|offset| offset < u64::from(*len))
+            })
+        };
+        for (at, (old, new)) in before.iter().zip(&after).enumerate() {
+            prop_assert!(old == new || used.contains(&at) || offered(at as u64), "byte {at:#x}");
+        }
     }
 }

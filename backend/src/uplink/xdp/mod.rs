@@ -12,7 +12,6 @@
 //! One copy each way, between guest memory and frame memory. What the guest's driver leaves to the device (checksums) is
 //! done here, in our copy; segmentation is not offered. Not here: the program itself (`ebpf/`).
 
-mod checksum;
 mod error;
 mod frames;
 mod inbox;

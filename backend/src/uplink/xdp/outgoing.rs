@@ -4,8 +4,8 @@
 //! checked is what is sent.
 #![forbid(unsafe_code)]
 
-use super::checksum;
 use super::switch::{Link, Rules, may_send};
+use crate::net::checksum;
 use crate::net::header::VirtioNetHdr;
 use crate::uplink::SendError;
 use std::io;

@@ -381,8 +381,7 @@ impl UplinkQueue for XdpQueue {
         *from_inbox = *next == incoming.len();
         if *from_inbox {
             for index in 0..inbox.known().min(*inbox_turn as usize).min(max).min(BURST as usize) {
-                iovecs.push_own(header);
-                iovecs.push_own(inbox.frame(index).unwrap_or_default());
+                iovecs.push_frame(header, IoVec::own(inbox.frame(index).unwrap_or_default()));
             }
         }
         for &(lane, address, len) in incoming[*next..].iter().take(max.min(BURST as usize)) {
@@ -390,8 +389,8 @@ impl UplinkQueue for XdpQueue {
             let (frame, offset) = umem.locate(address);
             // SAFETY: the frame came off our RX ring and is not in FILL before it is consumed: it is ours.
             let bytes = unsafe { umem.bytes(frame) };
-            iovecs.push_own(header);
-            iovecs.push_own(bytes.get(offset..offset + len as usize).unwrap_or_default());
+            let data = bytes.get(offset..offset + len as usize).unwrap_or_default();
+            iovecs.push_frame(header, IoVec::own(data));
         }
         let count = iovecs.len() / 2;
         Some(Burst { buffers: iovecs.as_slice(), frames: &ranges[..count] })

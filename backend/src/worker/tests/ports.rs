@@ -63,7 +63,7 @@ impl Ports {
             let (kick, counters) = (nonblocking(), Arc::<PairCounters>::default());
             let key = PairKey { port: id, pair: 0 };
             let uplink = Box::new(FakeUplink::new());
-            datapath.attach(Attachment { key, uplink, counters: counters.clone() });
+            datapath.attach(Attachment { key, uplink, counters: counters.clone(), peers: Vec::new() });
             let config = tx.config;
             let start = Command::Start {
                 direction: Direction::Transmit,

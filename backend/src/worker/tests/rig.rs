@@ -92,7 +92,12 @@ impl Rig {
         let tx = Driver::sharing(memory.clone(), file, TX_ORIGIN, SIZE);
         let counters = Arc::<PairCounters>::default();
         let mut datapath = Datapath::new(poll, Arc::default());
-        datapath.attach(Attachment { key: KEY, uplink: queue, counters: counters.clone() });
+        datapath.attach(Attachment {
+            key: KEY,
+            uplink: queue,
+            counters: counters.clone(),
+            peers: Vec::new(),
+        });
         let mut rig = Self {
             reactor: Reactor::new().unwrap(),
             datapath,
