@@ -24,7 +24,7 @@ use crate::net::offload::{Taker, Way};
 use crate::net::rx::RxSettings;
 use crate::net::segment::Segments;
 use crate::net::tx::{End, TxSettings};
-use crate::net::{checksum, cross, deliver, features};
+use crate::net::{checksum, cross, deliver};
 use crate::observe::trace;
 use crate::reactor::Reactor;
 use crate::uplink::{Burst, ReceiveError, SendError, UplinkQueue};
