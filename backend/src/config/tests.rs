@@ -85,7 +85,7 @@ fn full_file() {
 #[test]
 fn example_file_is_valid() {
     let config = parse(include_str!("../../contrib/vhost-user-net.toml")).expect("valid");
-    assert_eq!(config.ports.len(), 2);
+    assert_eq!(config.ports.len(), 4);
 }
 
 #[test]

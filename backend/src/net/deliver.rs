@@ -60,6 +60,21 @@ impl Default for Scratch {
     }
 }
 
+/// Chains that are too few for the next frame. They stay taken, as a ring in which some wait would seem to have work: drivers
+/// are asked to kick for what comes behind those that were taken.
+#[derive(Debug, Default)]
+pub struct Kept(u16);
+
+impl Kept {
+    /// Gives them back: before anything else is done with the ring.
+    #[inline]
+    pub fn release(&mut self, ring: &mut Queue) {
+        if self.0 > 0 {
+            ring.unpop(std::mem::take(&mut self.0));
+        }
+    }
+}
+
 /// What became of a burst.
 #[derive(Debug)]
 pub struct Delivered {
@@ -73,15 +88,17 @@ pub struct Delivered {
 }
 
 /// Copies the frames of a burst into a guest's ring, each with its virtio-net header (the first of its buffers), in which
-/// only num_buffers is set here. Used entries are pushed but not published: the caller publishes and notifies once.
+/// only num_buffers is set here. `kept` is the ring's. Used entries are pushed but not published: the caller publishes and notifies once.
 pub fn run(
     ring: &mut Queue,
     memory: &GuestMemory,
+    kept: &mut Kept,
     scratch: &mut Scratch,
     settings: RxSettings,
     counters: &PairCounters,
     burst: &Burst<'_>,
 ) -> Delivered {
+    kept.release(ring);
     let mut to = Delivery { ring, memory, settings, counters, used: 0, packets: 0, bytes: 0, refused: 0 };
     let count = burst.frames.len();
     to.ring.prefetch_used(count.min(BATCH) as u16);
@@ -97,7 +114,7 @@ pub fn run(
             batch = BATCH;
             continue;
         }
-        match to.frame(scratch, &burst.buffers[burst.frames[frames].clone()]) {
+        match to.frame(kept, scratch, &burst.buffers[burst.frames[frames].clone()]) {
             Ok(()) => frames += 1,
             Err(end) => break Some(end),
         }
@@ -255,7 +272,7 @@ impl Delivery<'_> {
     }
 
     /// Delivers one frame of any kind into chains of any kind, or refuses chains until there is none.
-    fn frame(&mut self, scratch: &mut Scratch, buffers: &[IoVec<'_>]) -> Result<(), End> {
+    fn frame(&mut self, kept: &mut Kept, scratch: &mut Scratch, buffers: &[IoVec<'_>]) -> Result<(), End> {
         let Scratch { chain, heads, parts, .. } = scratch;
         let len = frame_len(buffers);
         let need = (self.settings.header_len + len) as u64;
@@ -282,7 +299,7 @@ impl Delivery<'_> {
                 // All the buffers this ring can have, and still too few: nobody will kick.
                 Ok(Taken::None) if taken >= self.ring.size().into() => return self.drop_too_long(taken),
                 Ok(Taken::None) => {
-                    self.ring.unpop(taken as u16);
+                    kept.0 = taken as u16;
                     return Err(End::NoBuffers);
                 }
                 Err(end) => {

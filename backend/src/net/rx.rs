@@ -90,15 +90,22 @@ pub struct Receiver {
     /// The uplink had a frame longer than its MTU: buffers are never offered without the spill any more.
     surprised: bool,
     held: Held,
+    kept: deliver::Kept,
 }
 
 impl Receiver {
     /// Gives up a held frame, so that the ring's base is the first chain that was not completed.
     pub fn abandon(&mut self, ring: &mut Queue, counters: &PairCounters) {
+        self.kept.release(ring);
         if std::mem::take(&mut self.held.waits) {
             ring.unpop(self.held.filled.len() as u16);
             counters.rx_dropped_stopped.add(1);
         }
+    }
+
+    /// What a burst from memory keeps of the ring (`deliver`).
+    pub fn kept(&mut self) -> &mut deliver::Kept {
+        &mut self.kept
     }
 
     /// True if a frame waits for more buffers: then there is work without the uplink having any.
@@ -120,6 +127,7 @@ impl Receiver {
         counters: &PairCounters,
         budget: u32,
     ) -> (u32, End) {
+        self.kept.release(ring);
         if let Some(moved) = self.run_bursts(ring, memory, uplink, scratch, settings, counters, budget) {
             return moved;
         }
@@ -165,7 +173,8 @@ impl Receiver {
             if count == 0 {
                 return Some((used, End::Idle));
             }
-            let done = deliver::run(ring, memory, &mut scratch.deliver, settings, counters, &burst);
+            let done =
+                deliver::run(ring, memory, &mut self.kept, &mut scratch.deliver, settings, counters, &burst);
             uplink.consume(done.frames);
             used += done.used;
             frames += done.frames as u32;

@@ -282,11 +282,13 @@ impl Far<'_> {
     ) -> u32 {
         let both_modern = sender.header_len == HDR_LEN && self.settings.header_len == HDR_LEN;
         let takes = self.to.takes_frames() && !self.to.receiver.holds_frame();
-        let Some(far) = self.to.rx.ring.as_mut().filter(|far| both_modern && takes && far.runnable()) else {
+        let Pair { rx, receiver, memory: far_memory, .. } = &mut *self.to;
+        let Some(far) = rx.ring.as_mut().filter(|far| both_modern && takes && far.runnable()) else {
             return 0;
         };
+        receiver.kept().release(&mut far.queue);
         let mut from = cross::Side { ring, memory };
-        let mut to = cross::Side { ring: &mut far.queue, memory: &self.to.memory };
+        let mut to = cross::Side { ring: &mut far.queue, memory: far_memory };
         let cross::Crossed { frames, bytes } =
             cross::run(&mut from, &mut to, &mut self.scratch.cross, &self.taker);
         counters.tx_packets.add(frames.into());
@@ -409,8 +411,10 @@ fn deliver_to(
     done: &mut Delivered,
     burst: &Burst<'_>,
 ) -> usize {
-    let Some(ring) = &mut to.rx.ring else { return 0 };
-    let delivered = deliver::run(&mut ring.queue, &to.memory, scratch, settings, &to.counters, burst);
+    let Pair { rx, receiver, memory, counters, .. } = to;
+    let Some(ring) = &mut rx.ring else { return 0 };
+    let kept = receiver.kept();
+    let delivered = deliver::run(&mut ring.queue, memory, kept, scratch, settings, counters, burst);
     done.used += delivered.used;
     done.end = delivered.end;
     delivered.frames

@@ -157,6 +157,7 @@ impl Rig {
         let done = deliver::run(
             &mut self.queue,
             &self.memory,
+            self.receiver.kept(),
             &mut self.scratch_deliver,
             self.rx,
             &self.counters,

@@ -75,7 +75,7 @@ proptest! {
                     if header[2..] == [255, 255] {
                         refused += 1;
                     } else {
-                        sent.push(([&whole[..10], &body].concat()));
+                        sent.push([&whole[..10], &body].concat());
                     }
                 }
                 Step::Offer(len, count) => {
