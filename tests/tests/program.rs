@@ -77,7 +77,7 @@ fn the_example_configuration_is_valid() -> Result<()> {
     let example = concat!(env!("CARGO_MANIFEST_DIR"), "/../backend/contrib/vhost-user-net.toml");
     let output = run(&["--config", example, "--check-config"])?;
     let text = String::from_utf8(output.stdout)?;
-    ensure!(output.status.success() && text.ends_with("ok: 2 ports, 1 worker\n"), "{text}");
+    ensure!(output.status.success() && text.ends_with("ok: 4 ports, 1 worker\n"), "{text}");
     Ok(())
 }
 
