@@ -76,7 +76,9 @@ proptest! {
             work(&mut queue, &mut driver, 1);
         }
         let waiting = if full { 256 } else { waiting };
-        (0..waiting).for_each(|_| drop(driver.offer(&[(0x8_0000, 60, WRITE)])));
+        for _ in 0..waiting {
+            driver.offer(&[(0x8_0000, 60, WRITE)]);
+        }
         let truth = place(driver.next_used);
         // What QEMU says after a crash: where the ring was started.
         let next = begin(&driver, 0x8000_8000);
@@ -104,7 +106,9 @@ fn a_busy_driver_does_not_disturb_the_look() {
                 queue.available().unwrap();
                 queue.base()
             });
-            (0..64).for_each(|_| drop(driver.offer(&[(0x8_0000, 60, 0)])));
+            for _ in 0..64 {
+                driver.offer(&[(0x8_0000, 60, 0)]);
+            }
             assert_eq!(device.join().unwrap(), base);
         });
     }
