@@ -61,7 +61,7 @@ impl PackedQueue {
     /// [`Self::publish`].
     #[inline]
     pub fn push_all(&mut self, chains: impl Iterator<Item = (u16, u32)>) {
-        if !self.long.is_empty() {
+        if !self.long.is_empty() || self.in_flight() == 0 {
             return chains.for_each(|(head, len)| self.push(head, len));
         }
         let ring = self.ring.access_known();
