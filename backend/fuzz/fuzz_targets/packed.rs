@@ -123,7 +123,6 @@ fn run(mut input: Input<'_>) -> Option<()> {
             15 => {
                 let (skip, most) = (input.byte()?, input.word()?);
                 queue.look_ahead(&memory, skip.into(), most % 1024, &mut chain, |_, _| {});
-                queue.prefetch_burst(&memory, most);
                 queue.prefetch_used(most);
                 queue.prefetch_buffer(&memory, skip.into());
             }

@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use super::dirty::DirtyLog;
 use super::hint;
 use super::ring::{DESC_SIZE, MAX_QUEUE_SIZE, RingError, RingLayout, RingPart};
-use super::ring_parts::{Area, DESC_ALIGN};
+use super::ring_parts::{Area, DESC_ALIGN, Parts};
 use super::{AccessError, GuestMemory, MissingRange, copy};
 
 /// Bytes of an event suppression structure.
@@ -101,12 +101,11 @@ pub struct PackedView {
     driver: NonNull<u8>,
     device: NonNull<u8>,
     size: u32,
-    resident: bool,
     log: Option<Arc<DirtyLog>>,
-    areas: [Area; 3],
+    parts: Parts,
 }
 
-// SAFETY: the pointers lead into mappings that `areas` keeps alive, and are not tied to a thread.
+// SAFETY: the pointers lead into mappings that `parts` keeps alive, and are not tied to a thread.
 unsafe impl Send for PackedView {}
 
 impl PackedView {
@@ -127,20 +126,17 @@ impl PackedView {
             driver: areas[1].host,
             device: areas[2].host,
             size: size.into(),
-            resident: areas.iter().all(Area::always_resident),
             // The descriptor ring is written as well, and there is no address to log that at but its own. (DPDK logs it at the
             // address of the used ring, where QEMU has the device event structure.)
             log: mem.log().cloned(),
-            areas,
+            parts: Parts::new(areas),
         })
     }
 
     /// The ring, if all its pages are present. Once it is, this is one predictable branch.
     #[inline(always)]
     pub fn access(&mut self) -> Result<PackedAccess<'_>, MissingRange> {
-        if !self.resident {
-            self.find_missing()?;
-        }
+        self.parts.check()?;
         Ok(PackedAccess { view: self })
     }
 
@@ -148,24 +144,13 @@ impl PackedView {
     /// one has replaced. (Were they not, an access would wait for them.)
     #[inline(always)]
     pub fn access_known(&self) -> PackedAccess<'_> {
-        debug_assert!(self.resident, "a ring that may be missing");
+        self.parts.assume_present();
         PackedAccess { view: self }
     }
 
-    #[cold]
-    fn find_missing(&mut self) -> Result<(), MissingRange> {
-        match self.areas.iter().find_map(Area::missing) {
-            Some(missing) => Err(missing),
-            None => {
-                self.resident = true;
-                Ok(())
-            }
-        }
-    }
-
     /// Calls `visit` for each run of missing pages under the ring.
-    pub fn for_each_missing(&self, mut visit: impl FnMut(MissingRange)) {
-        self.areas.iter().for_each(|area| area.for_each_missing(&mut visit));
+    pub fn for_each_missing(&self, visit: impl FnMut(MissingRange)) {
+        self.parts.for_each_missing(visit);
     }
 
     /// Entries.
@@ -225,7 +210,7 @@ impl<'a> PackedAccess<'a> {
         let count = count.min(self.view.size);
         let until_end = count.min(self.view.size - first);
         let bytes = |slots: u32| u64::from(slots) * u64::from(DESC_SIZE);
-        let gpa = self.view.areas[0].gpa;
+        let gpa = self.view.parts.gpa(0);
         log.mark(gpa + bytes(first), bytes(until_end));
         log.mark(gpa, bytes(count - until_end));
     }
@@ -246,7 +231,7 @@ impl<'a> PackedAccess<'a> {
         let event = unsafe { AtomicU32::from_ptr(self.view.device.as_ptr().cast()) };
         event.store((u32::from(off_wrap) | u32::from(flags) << 16).to_le(), Ordering::Relaxed);
         if let Some(log) = &self.view.log {
-            log.mark(self.view.areas[2].gpa, EVENT_SIZE);
+            log.mark(self.view.parts.gpa(2), EVENT_SIZE);
         }
     }
 

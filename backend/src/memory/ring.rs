@@ -22,7 +22,7 @@ use virtio_queue::desc::split::Descriptor;
 use super::copy;
 use super::dirty::DirtyLog;
 use super::hint;
-use super::ring_parts::{Area, DESC_ALIGN};
+use super::ring_parts::{Area, DESC_ALIGN, Parts};
 use super::{AccessError, GuestMemory, MissingRange};
 
 pub use super::ring_parts::{RingError, RingLayout, RingPart};
@@ -59,11 +59,10 @@ pub struct RingView {
     avail: NonNull<u8>,
     used: NonNull<u8>,
     mask: u16,
-    resident: bool,
     event_idx: bool,
     log: Option<UsedLog>,
     dirty: Option<Arc<DirtyLog>>,
-    areas: [Area; 3],
+    parts: Parts,
 }
 
 #[derive(Debug)]
@@ -72,7 +71,7 @@ struct UsedLog {
     gpa: u64,
 }
 
-// SAFETY: the pointers lead into mappings that `areas` keeps alive, and are not tied to a thread.
+// SAFETY: the pointers lead into mappings that `parts` keeps alive, and are not tied to a thread.
 unsafe impl Send for RingView {}
 
 impl RingView {
@@ -93,11 +92,10 @@ impl RingView {
             avail: areas[1].host,
             used: areas[2].host,
             mask: size - 1,
-            resident: areas.iter().all(Area::always_resident),
             event_idx: layout.event_idx,
             log: None,
             dirty: mem.log().cloned(),
-            areas,
+            parts: Parts::new(areas),
         };
         view.set_log_used(layout.log_used);
         Ok(view)
@@ -111,9 +109,7 @@ impl RingView {
     /// The ring, if all its pages are present. Once it is, this is one predictable branch.
     #[inline(always)]
     pub fn access(&mut self) -> Result<RingAccess<'_>, MissingRange> {
-        if !self.resident {
-            self.find_missing()?;
-        }
+        self.parts.check()?;
         Ok(RingAccess { view: self })
     }
 
@@ -121,24 +117,13 @@ impl RingView {
     /// one has replaced. (Were they not, an access would wait for them.)
     #[inline(always)]
     pub fn access_known(&self) -> RingAccess<'_> {
-        debug_assert!(self.resident, "a ring that may be missing");
+        self.parts.assume_present();
         RingAccess { view: self }
     }
 
-    #[cold]
-    fn find_missing(&mut self) -> Result<(), MissingRange> {
-        match self.areas.iter().find_map(Area::missing) {
-            Some(missing) => Err(missing),
-            None => {
-                self.resident = true;
-                Ok(())
-            }
-        }
-    }
-
     /// Calls `visit` for each run of missing pages under the ring.
-    pub fn for_each_missing(&self, mut visit: impl FnMut(MissingRange)) {
-        self.areas.iter().for_each(|area| area.for_each_missing(&mut visit));
+    pub fn for_each_missing(&self, visit: impl FnMut(MissingRange)) {
+        self.parts.for_each_missing(visit);
     }
 
     /// Entries.

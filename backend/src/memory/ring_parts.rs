@@ -101,7 +101,7 @@ pub(super) struct Area {
     pub(super) host: NonNull<u8>,
     len: u64,
     /// Guest-physical address.
-    pub(super) gpa: u64,
+    gpa: u64,
     offset: u64,
     residency: Option<Arc<ResidencyMap>>,
     _mapping: Arc<Mapping>,
@@ -133,17 +133,12 @@ impl Area {
         })
     }
 
-    /// True if no page of it can be missing.
-    pub(super) fn always_resident(&self) -> bool {
-        self.residency.is_none()
-    }
-
-    pub(super) fn missing(&self) -> Option<MissingRange> {
+    fn missing(&self) -> Option<MissingRange> {
         self.missing_from(self.offset)
     }
 
     /// Calls `visit` for each run of missing pages under it.
-    pub(super) fn for_each_missing(&self, visit: &mut impl FnMut(MissingRange)) {
+    fn for_each_missing(&self, visit: &mut impl FnMut(MissingRange)) {
         let region = self.gpa - self.offset;
         let mut offset = self.offset;
         while let Some(missing) = self.missing_from(offset) {
@@ -157,5 +152,54 @@ impl Area {
         let gap = self.residency.as_ref()?.first_missing(offset..self.offset + self.len)?;
         // Both are offsets into the region, and `gap` may begin before the area.
         Some(MissingRange { gpa: self.gpa - self.offset + gap.start, len: gap.end - gap.start })
+    }
+}
+
+/// All parts of a ring, and whether everything in them is known to be present.
+#[derive(Debug)]
+pub(super) struct Parts {
+    areas: [Area; 3],
+    resident: bool,
+}
+
+impl Parts {
+    pub(super) fn new(areas: [Area; 3]) -> Self {
+        let resident = areas.iter().all(|area| area.residency.is_none());
+        Self { areas, resident }
+    }
+
+    /// Whether all pages are present. Once they are, this is one predictable branch.
+    #[inline(always)]
+    pub(super) fn check(&mut self) -> Result<(), MissingRange> {
+        if self.resident { Ok(()) } else { self.find_missing() }
+    }
+
+    /// For an access without [`Self::check`]: it has said so before, or of the parts that these have replaced. (Were pages
+    /// missing, an access would wait for them.)
+    #[inline(always)]
+    pub(super) fn assume_present(&self) {
+        debug_assert!(self.resident, "a ring that may be missing");
+    }
+
+    /// Guest-physical address of a part, by its place.
+    #[inline]
+    pub(super) fn gpa(&self, part: usize) -> u64 {
+        self.areas[part].gpa
+    }
+
+    #[cold]
+    fn find_missing(&mut self) -> Result<(), MissingRange> {
+        match self.areas.iter().find_map(Area::missing) {
+            Some(missing) => Err(missing),
+            None => {
+                self.resident = true;
+                Ok(())
+            }
+        }
+    }
+
+    /// Calls `visit` for each run of missing pages under the ring.
+    pub(super) fn for_each_missing(&self, mut visit: impl FnMut(MissingRange)) {
+        self.areas.iter().for_each(|area| area.for_each_missing(&mut visit));
     }
 }

@@ -40,12 +40,12 @@ pub fn complete(frame: &mut [u8], start: usize, offset: usize) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use proptest::prelude::*;
 
     /// RFC 1071 §3, and its own words: add, fold, complement.
-    fn oracle(bytes: &[u8]) -> u16 {
+    pub(in crate::net) fn oracle(bytes: &[u8]) -> u16 {
         let mut total: u32 = 0;
         for pair in bytes.chunks(2) {
             total += u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]));

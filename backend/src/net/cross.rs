@@ -5,6 +5,7 @@
 //! What is unusual in any way, at either end, is left in both rings for the ordinary paths (`tx`, `deliver`).
 #![forbid(unsafe_code)]
 
+use super::deliver::{BYTES_AHEAD, LINE, LINES_AHEAD};
 use super::header::{FRAME_LEN_MAX, FRAME_LEN_MIN, HDR_LEN};
 use super::offload::Taker;
 use super::tx::{BATCH, BURST_BYTES};
@@ -14,10 +15,6 @@ use arrayvec::ArrayVec;
 
 /// Lines of a source that are asked for: of the header, and of what comes behind it. Further ones the CPU asks for by itself.
 const SOURCE_LINES: usize = 2;
-/// Lines of buffers that are asked for ahead of the copy, and bytes of one frame: as in `deliver`.
-const LINES_AHEAD: usize = 192;
-const BYTES_AHEAD: usize = 1536;
-const LINE: usize = 64;
 /// Header and shortest frame, bytes.
 const LEN_MIN: u64 = HDR_LEN as u64 + FRAME_LEN_MIN;
 

@@ -16,7 +16,7 @@
 use super::counters::PairCounters;
 use super::header::{HDR_LEN, HDR_LEN_LEGACY};
 use super::rx::RxSettings;
-use super::tx::End;
+use super::tx::{BATCH, End};
 use crate::memory::{AccessError, GuestMemory, IoVec, Nearby, Place, Source, gather};
 use crate::uplink::Burst;
 use crate::virtq::{Access, Chain, PopError, Queue, Segment, Single};
@@ -25,15 +25,13 @@ use std::iter::Zip;
 use std::ops::Range;
 use std::slice::Iter;
 
-/// Frames whose buffers are taken off the ring at once.
-const BATCH: usize = 64;
 /// Lines of buffers that are asked for ahead of the copy: a batch of small frames, but four to eight of 1500 bytes. Those of
 /// more large ones would drive each other out of the first cache.
-const LINES_AHEAD: usize = 192;
+pub(super) const LINES_AHEAD: usize = 192;
 /// Bytes of one frame that are asked for ahead: what is behind them, the CPU asks for by itself, as it is copied in sequence.
-const BYTES_AHEAD: usize = 1536;
+pub(super) const BYTES_AHEAD: usize = 1536;
 /// A cache line, as far as prefetching goes, bytes.
-const LINE: usize = 64;
+pub(super) const LINE: usize = 64;
 /// Chains that one frame may be spread over.
 const CHAINS_MAX: usize = 1024;
 /// Bad chains that one burst refuses; each can cost a walk over 1024 descriptors.

@@ -32,8 +32,6 @@ const CHAINS_MAX: usize = 1024;
 const PIECES_MAX: usize = MAX_IOVECS - 1;
 /// How many chains ahead of the next one buffers are asked for.
 const AHEAD: u16 = 4;
-/// For how many frames all is asked for at once when they are known to wait: three lines for each stay in the first cache.
-const BURST_AHEAD: u32 = 64;
 /// Link header and two VLAN tags, bytes.
 const LINK_BYTES: u64 = 14 + 8;
 
@@ -130,10 +128,6 @@ impl Receiver {
         self.kept.release(ring);
         if let Some(moved) = self.run_bursts(ring, memory, uplink, scratch, settings, counters, budget) {
             return moved;
-        }
-        let waiting = uplink.waiting().min(budget.min(BURST_AHEAD));
-        if waiting > 1 {
-            ring.prefetch_burst(memory, waiting as u16);
         }
         let mut context = Context { ring, memory, counters, settings, used: 0, bytes: 0 };
         let mut frames = 0;

@@ -202,10 +202,6 @@ pub trait UplinkQueue: Send {
     fn send_burst(&mut self, burst: &Burst<'_>, outcomes: &mut Vec<Result<(), SendError>>) {
         send_each(burst, outcomes, |frame| self.send(frame));
     }
-    /// Frames that wait to be received, as far as that is easily known; for hints only.
-    fn waiting(&mut self) -> u32 {
-        0
-    }
     /// Whether a frame waits, as far as that can be seen at the price of a load or two, without a system call; what cannot be
     /// seen turns a descriptor readable, too. `None`, always: nothing can be seen.
     fn peek(&mut self) -> Option<bool> {

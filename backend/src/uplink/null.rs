@@ -124,9 +124,6 @@ impl UplinkQueue for NullQueue {
     fn peek(&mut self) -> Option<bool> {
         Some(!self.heads.is_empty())
     }
-    fn waiting(&mut self) -> u32 {
-        self.heads.len() as u32
-    }
     fn frames(&mut self, max: usize) -> Option<Burst<'_>> {
         let Self { heads, tail, made, iovecs, frames, .. } = self;
         let header = &NO_HEADER[..self.header_len.load(Ordering::Relaxed)];

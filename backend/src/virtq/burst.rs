@@ -86,26 +86,6 @@ pub(super) const LINE_BYTES: u64 = 64;
 const USED_PER_LINE: usize = 8;
 
 impl SplitQueue {
-    /// Asks the CPU for all that the next `n` chains will need: descriptors, first lines of buffers, used elements. A burst
-    /// that begins after a pause finds none of it in its cache, and would wait for one line after the other. What it reads
-    /// serves the hint only.
-    pub fn prefetch_burst(&mut self, mem: &GuestMemory, n: u16) {
-        let n = self.available().map_or(0, |known| known.min(n));
-        let (first, used) = (self.next_avail.get(), self.next_used.get());
-        let Ok(ring) = self.ring.access() else { return };
-        for i in 0..n {
-            ring.prefetch_descriptor(ring.avail_head(first.wrapping_add(i)));
-        }
-        for i in 0..n {
-            if let Some(descriptor) = ring.descriptor(ring.avail_head(first.wrapping_add(i))) {
-                let addr = descriptor.addr().0;
-                mem.prefetch_write(addr);
-                mem.prefetch_write(addr.wrapping_add(LINE_BYTES));
-            }
-        }
-        (0..n).step_by(USED_PER_LINE).for_each(|i| ring.prefetch_used(used.wrapping_add(i)));
-    }
-
     /// Asks the CPU for the used elements that the next `n` chains will get: the driver has just read those lines.
     #[inline]
     pub fn prefetch_used(&mut self, n: u16) {

@@ -22,7 +22,7 @@
 use super::chain::{Chain, PackedWalkError};
 use super::notify::{self, PackedWords};
 use super::packed_resync::Ring;
-use super::place::Place;
+use super::place::{self, Place};
 use super::queue::{PopError, QueueConfig, QueueError};
 use super::split::pop_error;
 use crate::memory::packed_ring::{AVAIL, NEXT, PackedAccess, PackedView, USED, WRITE, Word};
@@ -33,6 +33,9 @@ use std::sync::atomic::{Ordering, fence};
 
 /// Looks at a ring before its base is not believed: the driver may be making chains available at that moment.
 const LOOKS: u32 = 8;
+
+// `place` uses nothing of the crate, and has its own.
+const _: () = assert!(AVAIL == place::AVAIL && USED == place::USED);
 
 /// A used descriptor that is not in the ring yet.
 #[derive(Clone, Copy, Debug)]

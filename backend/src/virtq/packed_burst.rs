@@ -113,25 +113,6 @@ impl PackedQueue {
         self.pushed = self.pushed.wrapping_add(count);
     }
 
-    /// Asks the CPU for all that the next `n` chains will need, as the same method of `SplitQueue`.
-    pub fn prefetch_burst(&mut self, mem: &GuestMemory, n: u16) {
-        if self.look().is_err() {
-            return;
-        }
-        let (mut at, size) = (self.avail, self.ring.size());
-        self.prefetch_slots(at.slot, n.into());
-        let ring = self.ring.access_known();
-        for _ in 0..u32::from(n).min(size) {
-            if !ring.word(at.slot).matches(AVAIL | USED, at.available()) {
-                return;
-            }
-            let addr = ring.addr(at.slot);
-            mem.prefetch_write(addr);
-            mem.prefetch_write(addr.wrapping_add(LINE_BYTES));
-            at = at.forth(1, size);
-        }
-    }
-
     /// Asks the CPU for the descriptors that the next `n` chains will be used by.
     #[inline]
     pub fn prefetch_used(&mut self, n: u16) {

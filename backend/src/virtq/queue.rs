@@ -276,12 +276,6 @@ impl Queue {
         forward!(self.first_waiting())
     }
 
-    /// Asks the CPU for all that the next `n` chains will need.
-    #[inline]
-    pub fn prefetch_burst(&mut self, mem: &GuestMemory, n: u16) {
-        forward!(self.prefetch_burst(mem, n))
-    }
-
     /// Asks the CPU for the used elements that the next `n` chains will get.
     #[inline]
     pub fn prefetch_used(&mut self, n: u16) {

@@ -358,13 +358,6 @@ impl UplinkQueue for XdpQueue {
         }
     }
 
-    fn waiting(&mut self) -> u32 {
-        if self.next == self.incoming.len() {
-            self.refill();
-        }
-        (self.incoming.len() - self.next) as u32
-    }
-
     fn peek(&mut self) -> Option<bool> {
         Some(self.next < self.incoming.len() || self.lanes.iter().any(|lane| lane.rx.has_more()))
     }

@@ -132,7 +132,6 @@ proptest! {
                     queue.look_ahead(driver.mem(), skip, most, &mut chain, |_, _| panic!("nothing is missing"));
                 }
                 Op::Prefetch(n) => {
-                    queue.prefetch_burst(driver.mem(), n);
                     queue.prefetch_used(n);
                     queue.prefetch_buffer(driver.mem(), n);
                 }

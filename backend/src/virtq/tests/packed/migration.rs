@@ -175,7 +175,6 @@ fn each_part_of_the_ring_is_waited_for() {
         );
         assert!(queue.may_have_more());
         queue.disable_kicks();
-        queue.prefetch_burst(&mem, 4);
         queue.prefetch_used(4);
         queue.prefetch_buffer(&mem, 4);
         queue.publish();
